@@ -1,0 +1,285 @@
+"""Offline data as flat arrays: loading, episodes, returns, normalisation (SPEC sections 3 and 7)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import gymnasium
+import h5py
+import minari
+import numpy as np
+
+# The Gymnasium task that a D4RL file name stands for. v4 is bit-identical in rewards to the data's.
+D4RL_ENVIRONMENTS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}
+# D4RL's random and expert returns: score = 100 (return - random) / (expert - random).
+D4RL_REFERENCES = {
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+}
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one sentence: what, where, and the mend."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """N transitions in the order they were recorded, with what is known about where they come from."""
+
+    observations: np.ndarray  # float32 [N, O]
+    actions: np.ndarray  # float32 [N, A], in [-1, 1]
+    rewards: np.ndarray  # float32 [N], as recorded
+    next_observations: np.ndarray  # float32 [N, O], true successors
+    terminals: np.ndarray  # bool [N], the task ended here (never a time limit)
+    episode_ends: np.ndarray  # bool [N], the last row of its episode
+    env: gymnasium.envs.registration.EnvSpec
+    reference: tuple[float, float] | None  # (random, expert) return; None: scores are raw returns
+    source: str  # for messages
+
+    @property
+    def returns(self) -> np.ndarray:
+        """Undiscounted return of every episode, in recorded rewards: float64 [episodes]."""
+        return episode_returns(self.rewards, self.episode_ends)
+
+    def score(self, episode_return):
+        """Normalised score, 100 = expert; the return itself where no reference exists."""
+        if self.reference is None:
+            return episode_return
+        low, high = self.reference
+        return 100 * (episode_return - low) / (high - low)
+
+
+class Normalizer(NamedTuple):
+    """Observation standardisation; one object serves training data, evaluation and the saved run."""
+
+    mean: np.ndarray  # [O]
+    std: np.ndarray  # [O]
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        return ((observations - self.mean) / self.std).astype(np.float32)
+
+
+def fit_normalizer(observations: np.ndarray, enabled: bool = True) -> Normalizer:
+    """(mean, std + 1e-3) over the rows of [N, O], or the identity."""
+    width = observations.shape[1]
+    if not enabled:
+        return Normalizer(np.zeros(width, np.float32), np.ones(width, np.float32))
+    mean = observations.mean(axis=0, dtype=np.float64)
+    std = observations.std(axis=0, dtype=np.float64) + 1e-3
+    return Normalizer(mean.astype(np.float32), std.astype(np.float32))
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+    """A short hash of the arrays' shapes and bits: the same data gives the same text."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- episodes
+
+
+def find_episode_ends(
+    observations, next_observations, terminals, timeouts=None, max_steps=None, tolerance=1e-6
+) -> np.ndarray:
+    """bool [N]: a row ends its episode when it is terminal, timed out, not followed by its own successor
+    (further than `tolerance` apart), the `max_steps`-th of its episode, or the last row of all."""
+    ends = terminals.astype(bool).copy()
+    if timeouts is not None:
+        ends |= timeouts.astype(bool)
+    ends[:-1] |= np.linalg.norm(next_observations[:-1] - observations[1:], axis=1) > tolerance
+    ends[-1] = True
+    if max_steps:
+        first = np.flatnonzero(np.r_[True, ends[:-1]])
+        position = np.arange(len(ends)) - np.repeat(first, np.diff(np.r_[first, len(ends)]))
+        ends |= (position + 1) % max_steps == 0
+    return ends
+
+
+def episode_slices(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First row and length of every episode, each int [episodes]."""
+    last = np.flatnonzero(ends)
+    first = np.r_[0, last[:-1] + 1]
+    return first, last - first + 1
+
+
+def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Undiscounted return of every episode, float64 [episodes]."""
+    return np.add.reduceat(rewards.astype(np.float64), episode_slices(ends)[0])
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_dataset(name: str, path: str | None = None, env: str | None = None) -> Dataset:
+    """Loads `demo`, a D4RL task name, `d4rl:<HDF5 file>` or a local Minari id.
+
+    `path` reads that HDF5 file whatever the name; `env` overrides the Gymnasium id that the name or the
+    data's metadata gives. Raises InputError, before anything is written, when the data cannot be used.
+    """
+    if path or name.startswith("d4rl:"):
+        dataset = _load_hdf5(path or name.removeprefix("d4rl:"), name, env)
+    elif name == "demo":
+        from common.demo import demo_dataset_id
+
+        dataset = _load_minari(demo_dataset_id(), env)
+    else:
+        dataset = _load_minari(name, env)
+    _check(dataset)
+    return dataset
+
+
+def _load_hdf5(path: str, name: str, env: str | None) -> Dataset:
+    path = os.path.expanduser(path)
+    task = os.path.basename(path if name.startswith("d4rl:") else name).lower()
+    known = [env_id for prefix, env_id in D4RL_ENVIRONMENTS.items() if task.startswith(prefix)]
+    spec = _env_spec(env or (known[0] if known else None), path)
+    if not os.path.isfile(path):
+        raise InputError(
+            f"no file {path}: give the data set's HDF5 file with --config.dataset_path=<file> "
+            "or --config.dataset=d4rl:<file>"
+        )
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"{path} is not a readable HDF5 file ({error}): download it again") from None
+    with file:
+        missing = [k for k in ("observations", "actions", "rewards", "terminals") if k not in file]
+        if missing:
+            raise InputError(
+                f"{path} has no key '{missing[0]}' (it holds {', '.join(sorted(file)) or 'nothing'}): "
+                "a D4RL file needs observations, actions, rewards and terminals"
+            )
+        columns = {
+            key: file[key][()]
+            for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+            if key in file
+        }
+    rows = len(columns["observations"])
+    for key, column in columns.items():
+        if len(column) != rows:
+            raise InputError(
+                f"{path}: '{key}' has {len(column)} rows but 'observations' has {rows}: "
+                "every key needs one row a transition"
+            )
+    return _from_columns(path, spec, _d4rl_reference(spec), **columns)
+
+
+def _load_minari(dataset_id: str, env: str | None) -> Dataset:
+    try:
+        stored = minari.load_dataset(dataset_id, download=False)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(
+            f"no local Minari data set '{dataset_id}' ({str(error).splitlines()[0]}): "
+            f"`minari list local` shows what there is, `minari download {dataset_id}` fetches it; "
+            "D4RL files are named --config.dataset=d4rl:<file>"
+        ) from None
+    spec = _env_spec(env, dataset_id) if env else stored.env_spec
+    metadata = stored.storage.metadata
+    reference = None
+    if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
+        reference = (float(metadata["ref_min_score"]), float(metadata["ref_max_score"]))
+    space = stored.observation_space
+    parts = {k: [] for k in ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")}
+    for episode in stored.iterate_episodes():
+        observations = episode.observations  # one row more than there are transitions
+        if isinstance(space, gymnasium.spaces.Dict):
+            observations = np.concatenate(
+                [np.reshape(observations[k], (len(episode.rewards) + 1, -1)) for k in space.spaces], axis=1
+            )
+        parts["observations"].append(observations[:-1])
+        parts["next_observations"].append(observations[1:])
+        parts["actions"].append(episode.actions)
+        parts["rewards"].append(episode.rewards)
+        parts["terminals"].append(episode.terminations)
+        # An episode cut short in the recording ends all the same.
+        parts["timeouts"].append(np.r_[episode.truncations[:-1], not episode.terminations[-1]])
+    columns = {key: np.concatenate(part) for key, part in parts.items()}
+    return _from_columns(dataset_id, spec, reference or _d4rl_reference(spec), **columns)
+
+
+def _from_columns(
+    source, spec, reference, observations, actions, rewards, terminals, timeouts=None, next_observations=None
+) -> Dataset:
+    terminals = terminals.astype(bool).reshape(-1)
+    timeouts = np.zeros_like(terminals) if timeouts is None else timeouts.astype(bool).reshape(-1)
+    keep = slice(None)
+    if next_observations is None:
+        # The successor of a row is the next row, unless the episode was cut there: then it is unknown.
+        next_observations = np.concatenate([observations[1:], observations[-1:]])
+        timeouts[-1] |= not terminals[-1]
+        keep = np.flatnonzero(~timeouts | terminals)
+    ends = find_episode_ends(observations, next_observations, terminals, timeouts, spec.max_episode_steps)
+    episode = np.cumsum(np.r_[0, ends[:-1]])[keep]
+    return Dataset(
+        observations=observations[keep].astype(np.float32),
+        actions=actions[keep].astype(np.float32),
+        rewards=rewards.reshape(-1)[keep].astype(np.float32),
+        next_observations=next_observations[keep].astype(np.float32),
+        terminals=terminals[keep],
+        episode_ends=np.r_[episode[1:] != episode[:-1], True],
+        env=spec,
+        reference=reference,
+        source=source,
+    )
+
+
+def _env_spec(env: str | None, source: str):
+    if env is None:
+        raise InputError(f"{source} does not name its environment: give the Gymnasium id with --config.env=<id>")
+    try:
+        return gymnasium.spec(env)
+    except gymnasium.error.Error as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"unknown environment '{env}' ({reason}): give a Gymnasium id with --config.env=<id>") from None
+
+
+def _d4rl_reference(spec) -> tuple[float, float] | None:
+    return D4RL_REFERENCES.get(spec.name)
+
+
+def _check(dataset: Dataset) -> None:
+    source = dataset.source
+    for key in ("observations", "actions"):
+        if getattr(dataset, key).ndim != 2:
+            shape = getattr(dataset, key).shape
+            raise InputError(f"{source}: '{key}' has shape {shape}: it needs two axes, rows and dimensions")
+    for key in ("observations", "next_observations", "actions", "rewards"):
+        bad = ~np.isfinite(getattr(dataset, key).reshape(len(dataset.rewards), -1)).all(axis=1)
+        if bad.any():
+            raise InputError(
+                f"{source}: '{key}' is not finite at row {bad.argmax()} ({bad.sum()} such rows): "
+                "remove those episodes from the file"
+            )
+    outside = np.abs(dataset.actions).max(axis=1) > 1 + 1e-6
+    if outside.any():
+        row = outside.argmax()
+        raise InputError(
+            f"{source}: 'actions' reaches {np.abs(dataset.actions[row]).max():g} at row {row} "
+            f"({outside.sum()} rows outside [-1, 1]): rescale or clip the actions to [-1, 1]"
+        )
+
+
+def cached_labels(cache_dir: str, name: str, make) -> np.ndarray:
+    """The bool array stored as `name` in `cache_dir`, or that of make(), stored for the next time."""
+    path = os.path.join(os.path.expanduser(cache_dir), f"{name}.npy")
+    if os.path.isfile(path):
+        try:
+            labels = np.load(path, allow_pickle=False)
+            if labels.dtype == bool:
+                return labels
+        except (ValueError, EOFError, OSError):
+            pass  # a broken file is made again
+    labels = make()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.{os.getpid()}"
+    with open(partial, "wb") as file:
+        np.save(file, labels)
+    os.replace(partial, path)
+    return labels

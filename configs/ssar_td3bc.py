@@ -1,0 +1,104 @@
+"""Settings of ssar_td3bc.py: --config=configs/ssar_td3bc.py:<task>, with demo as the default task."""
+
+import ml_collections
+from ml_collections import config_dict
+
+# The authors' settings (SPEC section 8): n_end, how D^ is selected, G_T or expectile, loosen_bound.
+MUJOCO = {
+    "halfcheetah-medium-v2": (3.0, "return", 5200, True),
+    "halfcheetah-medium-replay-v2": (3.0, "iql", 0.7, True),
+    "halfcheetah-medium-expert-v2": (1.5, "iql", 0.7, False),
+    "halfcheetah-expert-v2": (1.5, "return", 10500, True),
+    "hopper-medium-v2": (3.0, "return", 1800, True),
+    "hopper-medium-replay-v2": (3.0, "iql", 0.7, True),
+    "hopper-medium-expert-v2": (1.5, "iql", 0.5, True),
+    "hopper-expert-v2": (1.5, "return", 3500, True),
+    "walker2d-medium-v2": (3.0, "return", 2500, True),
+    "walker2d-medium-replay-v2": (3.0, "iql", 0.7, True),
+    "walker2d-medium-expert-v2": (1.5, "iql", 0.7, True),
+    "walker2d-expert-v2": (1.5, "return", 4500, True),
+}
+# n_start, n_end
+ANTMAZE = {
+    "antmaze-umaze-v2": (1.0, 5.0),
+    "antmaze-umaze-diverse-v2": (1.0, 3.0),
+    "antmaze-medium-play-v2": (5.0, 5.0),
+    "antmaze-medium-diverse-v2": (5.0, 5.0),
+    "antmaze-large-play-v2": (5.0, 5.0),
+    "antmaze-large-diverse-v2": (5.0, 5.0),
+}
+TASKS = ("demo", *MUJOCO, *ANTMAZE)
+
+
+def get_config(task="demo"):
+    """The settings of one task; raises ValueError for an unknown one."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
+    c = ml_collections.ConfigDict()
+
+    # data and evaluation
+    c.task = task
+    c.seed = 0
+    c.num_seeds = 1  # seeds seed, seed + 1, ... train together in one program
+    c.dataset = task  # demo | <D4RL task> | d4rl:<HDF5 file> | <local Minari id>
+    c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
+    c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one the data names
+    c.normalize_observations = True
+    c.reward_scale = 1.0
+    c.reward_bias = 0.0
+    c.offline_steps = 1_000_000
+    c.eval_interval = 5_000
+    c.eval_episodes = 10
+    c.cache_dir = "~/.cache/ssar-jax"  # IQL labels
+
+    # TD3+BC
+    c.batch_size = 256
+    c.discount = 0.99
+    c.target_update_rate = 0.005
+    c.actor_lr = 3e-4
+    c.critic_lr = 3e-4
+    c.hidden_dims = (256, 256)
+    c.policy_noise = 0.2
+    c.noise_clip = 0.5
+    c.policy_freq = 2
+
+    # the coefficient beta_phi and its threshold C_n
+    c.coefficient = "adaptive"  # adaptive | fixed (plain TD3+BC)
+    c.coefficient_init = 0.4
+    c.coefficient_lr = 3e-8
+    c.coefficient_hidden_dims = (512, 512, 512)
+    c.n_start = 1.0
+    c.n_end = 3.0
+    c.update_period = 50_000
+    c.expl_noise = 0.1
+
+    # the trusted sub-dataset D^
+    c.selection = "return"  # none | return | success | iql
+    c.return_threshold = config_dict.placeholder(float)
+    c.expectile = 0.7
+    c.iql_steps = 1_000_000
+    c.select_actions = True
+    c.loosen_bound = True
+
+    # online, in update_step alone so far: how the frozen beta_phi fades
+    c.anneal = "linear"  # linear | cosine | none
+    c.decay_steps = 400_000
+
+    if task in MUJOCO:
+        c.n_end, c.selection, value, c.loosen_bound = MUJOCO[task]
+        if c.selection == "return":
+            c.return_threshold = float(value)
+        else:
+            c.expectile = value
+    elif task in ANTMAZE:
+        c.n_start, c.n_end = ANTMAZE[task]
+        c.selection, c.loosen_bound = "success", False
+        c.reward_bias = -1.0
+        c.offline_steps, c.eval_interval, c.eval_episodes = 2_000_000, 50_000, 100
+        c.anneal = "linear" if task.startswith("antmaze-umaze") else "none"
+    else:
+        c.offline_steps, c.eval_interval, c.eval_episodes = 20_000, 1_000, 20
+        c.hidden_dims, c.coefficient_hidden_dims = (128, 128), (128, 128, 128)
+        c.return_threshold = -10.0
+        c.update_period, c.coefficient_lr = 1_000, 3e-6
+    return c
