@@ -348,10 +348,10 @@ def update_threshold(threshold, margin, rows, step, config):
 
 def anneal_factor(online_step, config):
     """What multiplies the frozen beta_phi after N online updates (SPEC section 6): 1 at 0, 0 from N_end on."""
-    progress = jnp.clip(online_step / config.decay_steps, 0, 1)
     if config.anneal == "none" or config.decay_steps <= 0:
         return 1.0
-    return 1 - progress if config.anneal == "linear" else jnp.cos(progress * jnp.pi / 2)
+    done = jnp.clip(jnp.asarray(online_step, float) / config.decay_steps, 0, 1)
+    return 1 - done if config.anneal == "linear" else jnp.cos(done * jnp.pi / 2)
 
 
 # ---------------------------------------------------------------------------------------------- one update
@@ -360,7 +360,7 @@ def anneal_factor(online_step, config):
 def optimizers(config):
     """Adam for actor, critics and beta_phi; beta_phi's gradient is clipped to norm 0.5 as PyTorch clips."""
     clip = optax.stateless(
-        lambda grads, _: optax.tree.scale(jnp.minimum(1, 0.5 / (optax.global_norm(grads) + 1e-6)), grads)
+        lambda grads, _: optax.tree.scale(jnp.minimum(1, 0.5 / (optax.tree.norm(grads) + 1e-6)), grads)
     )
     return (
         optax.adam(config.actor_lr),
