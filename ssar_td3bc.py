@@ -184,6 +184,13 @@ def select_by_success(rewards, episode_ends, fail_reward):
     return np.repeat(~np.isclose(last, fail_reward, atol=1e-6), episode_slices(episode_ends)[1])
 
 
+def over_seeds(one_seed, *args):
+    """vmap over the seed axis; a single seed runs unbatched, for an axis of length one slows XLA's CPU code."""
+    if len(jax.tree.leaves(args)[0]) == 1:
+        return jax.tree.map(lambda x: x[None], one_seed(*jax.tree.map(lambda x: x[0], args)))
+    return jax.vmap(one_seed)(*args)
+
+
 class IQLState(NamedTuple):
     """Implicit Q-learning, trained only to label D^."""
 
@@ -241,7 +248,7 @@ def iql_interval(state, data, config, num_updates):
         state, info = jax.lax.scan(body, state._replace(key=key), indices)
         return state, jax.tree.map(jnp.mean, info)
 
-    return jax.vmap(one_seed)(state)
+    return over_seeds(one_seed, state)
 
 
 @jax.jit
@@ -252,7 +259,7 @@ def select_by_advantage(state, data):
         row = lambda t: critics(state.critic, t.obs, t.action).min(axis=0) >= forward(state.value, t.obs)[..., 0]
         return jax.lax.map(row, data, batch_size=4096)
 
-    return jax.vmap(one_seed)(state)
+    return over_seeds(one_seed, state)
 
 
 def train_iql(keys, data, config):
@@ -516,7 +523,7 @@ def train_interval(state, data, config):
         state, info = jax.lax.scan(body, state._replace(key=key), (indices, jax.random.split(noise_key, shape)))
         return state, jax.tree.map(jnp.mean, info) | {"n": state.threshold.n}
 
-    return jax.vmap(one_seed)(state, data.trusted)
+    return over_seeds(one_seed, state, data.trusted)
 
 
 @jax.jit
