@@ -1,1 +1,1 @@
-"""Data loading, evaluation and reporting: what the two scripts share. Nothing algorithmic lives here."""
+"""Data loading, evaluation and reporting: what the scripts share. Nothing here is algorithmic."""

@@ -14,6 +14,6 @@ def save_checkpoint(workdir: str, tree) -> str:
 
 
 def load_checkpoint(workdir: str, like):
-    """Reads what save_checkpoint wrote into the structure of `like` (jax.eval_shape of the state serves)."""
+    """Reads what save_checkpoint wrote, into a tree like `like`: arrays or jax.eval_shape's."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(os.path.join(os.path.abspath(workdir), "checkpoint"), like)

@@ -1,4 +1,4 @@
-"""Offline data as flat arrays: loading, episodes, returns, normalisation (SPEC sections 3 and 7)."""
+"""Offline data as flat arrays: loading, episodes, returns, normalisation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ import h5py
 import minari
 import numpy as np
 
+from common.checks import InputError
+
 # The Gymnasium task that a D4RL file name stands for. v4 is bit-identical in rewards to the data's.
-D4RL_ENVIRONMENTS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}
+D4RL_ENVIRONMENTS = {
+    "halfcheetah": "HalfCheetah-v4",
+    "hopper": "Hopper-v4",
+    "walker2d": "Walker2d-v4",
+}
 # D4RL's random and expert returns: score = 100 (return - random) / (expert - random).
 D4RL_REFERENCES = {
     "HalfCheetah": (-280.178953, 12135.0),
@@ -22,13 +28,9 @@ D4RL_REFERENCES = {
 }
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is one sentence: what, where, and the mend."""
-
-
 @dataclass(frozen=True)
 class Dataset:
-    """N transitions in the order they were recorded, with what is known about where they come from."""
+    """N transitions in the order they were recorded, and what is known about their origin."""
 
     observations: np.ndarray  # float32 [N, O]
     actions: np.ndarray  # float32 [N, A], in [-1, 1]
@@ -54,7 +56,7 @@ class Dataset:
 
 
 class Normalizer(NamedTuple):
-    """Observation standardisation; one object serves training data, evaluation and the saved run."""
+    """Observation standardisation: one object for training data, evaluation and checkpoint."""
 
     mean: np.ndarray  # [O]
     std: np.ndarray  # [O]
@@ -73,23 +75,28 @@ def fit_normalizer(observations: np.ndarray, enabled: bool = True) -> Normalizer
     return Normalizer(mean.astype(np.float32), std.astype(np.float32))
 
 
-def fingerprint(*arrays: np.ndarray) -> str:
-    """A short hash of the arrays' shapes and bits: the same data gives the same text."""
+def fingerprint(arrays) -> str:
+    """A short hash of the shapes and bits of some arrays: the same data gives the same text."""
     digest = hashlib.blake2b(digest_size=8)
     for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array))
+        if array is not None:
+            array = np.ascontiguousarray(array)
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(array)
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- episodes
+# -------------------------------------------------------------------------------------- episodes
 
 
 def find_episode_ends(
     observations, next_observations, terminals, timeouts=None, max_steps=None, tolerance=1e-6
 ) -> np.ndarray:
-    """bool [N]: a row ends its episode when it is terminal, timed out, not followed by its own successor
-    (further than `tolerance` apart), the `max_steps`-th of its episode, or the last row of all."""
+    """Last row of every episode, bool [N].
+
+    That is a row which is terminal, timed out, further than `tolerance` from the row that follows,
+    the `max_steps`-th of its episode, or the last row of all.
+    """
     ends = terminals.astype(bool).copy()
     if timeouts is not None:
         ends |= timeouts.astype(bool)
@@ -102,26 +109,32 @@ def find_episode_ends(
     return ends
 
 
-def episode_slices(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First row and length of every episode, each int [episodes]."""
-    last = np.flatnonzero(ends)
-    first = np.r_[0, last[:-1] + 1]
-    return first, last - first + 1
+def episode_lengths(ends: np.ndarray) -> np.ndarray:
+    """Number of rows of every episode, int [episodes]."""
+    return np.diff(np.flatnonzero(ends), prepend=-1)
 
 
 def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Undiscounted return of every episode, float64 [episodes]."""
-    return np.add.reduceat(rewards.astype(np.float64), episode_slices(ends)[0])
+    return np.add.reduceat(rewards.astype(np.float64), np.r_[0, np.flatnonzero(ends)[:-1] + 1])
 
 
-# ---------------------------------------------------------------------------------------------- loading
+def best_episodes(rewards: np.ndarray, ends: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the `count` episodes of highest return, best episode first: int [rows]."""
+    order = np.argsort(-episode_returns(rewards, ends), kind="stable")[:count]
+    last = np.flatnonzero(ends)
+    first = np.r_[0, last[:-1] + 1]
+    return np.concatenate([np.arange(first[i], last[i] + 1) for i in order])
+
+
+# --------------------------------------------------------------------------------------- loading
 
 
 def load_dataset(name: str, path: str | None = None, env: str | None = None) -> Dataset:
     """Loads `demo`, a D4RL task name, `d4rl:<HDF5 file>` or a local Minari id.
 
-    `path` reads that HDF5 file whatever the name; `env` overrides the Gymnasium id that the name or the
-    data's metadata gives. Raises InputError, before anything is written, when the data cannot be used.
+    `path` reads that HDF5 file whatever the name; `env` replaces the Gymnasium id that the name or
+    the data's metadata gives. Raises InputError when the data cannot be used.
     """
     if path or name.startswith("d4rl:"):
         dataset = _load_hdf5(path or name.removeprefix("d4rl:"), name, env)
@@ -148,17 +161,26 @@ def _load_hdf5(path: str, name: str, env: str | None) -> Dataset:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise InputError(f"{path} is not a readable HDF5 file ({error}): download it again") from None
+        raise InputError(
+            f"{path} is not a readable HDF5 file ({error}): download it again"
+        ) from None
     with file:
         missing = [k for k in ("observations", "actions", "rewards", "terminals") if k not in file]
         if missing:
             raise InputError(
-                f"{path} has no key '{missing[0]}' (it holds {', '.join(sorted(file)) or 'nothing'}): "
+                f"{path} has no key '{missing[0]}', only {', '.join(sorted(file)) or 'nothing'}: "
                 "a D4RL file needs observations, actions, rewards and terminals"
             )
         columns = {
             key: file[key][()]
-            for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+            for key in (
+                "observations",
+                "actions",
+                "rewards",
+                "terminals",
+                "timeouts",
+                "next_observations",
+            )
             if key in file
         }
     rows = len(columns["observations"])
@@ -186,12 +208,23 @@ def _load_minari(dataset_id: str, env: str | None) -> Dataset:
     if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
         reference = (float(metadata["ref_min_score"]), float(metadata["ref_max_score"]))
     space = stored.observation_space
-    parts = {k: [] for k in ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")}
+    parts = {
+        k: []
+        for k in (
+            "observations",
+            "next_observations",
+            "actions",
+            "rewards",
+            "terminals",
+            "timeouts",
+        )
+    }
     for episode in stored.iterate_episodes():
         observations = episode.observations  # one row more than there are transitions
         if isinstance(space, gymnasium.spaces.Dict):
             observations = np.concatenate(
-                [np.reshape(observations[k], (len(episode.rewards) + 1, -1)) for k in space.spaces], axis=1
+                [np.reshape(observations[k], (len(episode.rewards) + 1, -1)) for k in space.spaces],
+                axis=1,
             )
         parts["observations"].append(observations[:-1])
         parts["next_observations"].append(observations[1:])
@@ -205,17 +238,27 @@ def _load_minari(dataset_id: str, env: str | None) -> Dataset:
 
 
 def _from_columns(
-    source, spec, reference, observations, actions, rewards, terminals, timeouts=None, next_observations=None
+    source,
+    spec,
+    reference,
+    observations,
+    actions,
+    rewards,
+    terminals,
+    timeouts=None,
+    next_observations=None,
 ) -> Dataset:
     terminals = terminals.astype(bool).reshape(-1)
     timeouts = np.zeros_like(terminals) if timeouts is None else timeouts.astype(bool).reshape(-1)
     keep = slice(None)
     if next_observations is None:
-        # The successor of a row is the next row, unless the episode was cut there: then it is unknown.
+        # A row's successor is the next row, unless the episode was cut there: then it is unknown.
         next_observations = np.concatenate([observations[1:], observations[-1:]])
         timeouts[-1] |= not terminals[-1]
         keep = np.flatnonzero(~timeouts | terminals)
-    ends = find_episode_ends(observations, next_observations, terminals, timeouts, spec.max_episode_steps)
+    ends = find_episode_ends(
+        observations, next_observations, terminals, timeouts, spec.max_episode_steps
+    )
     episode = np.cumsum(np.r_[0, ends[:-1]])[keep]
     return Dataset(
         observations=observations[keep].astype(np.float32),
@@ -232,12 +275,16 @@ def _from_columns(
 
 def _env_spec(env: str | None, source: str):
     if env is None:
-        raise InputError(f"{source} does not name its environment: give the Gymnasium id with --config.env=<id>")
+        raise InputError(
+            f"{source} does not name its environment: give the Gymnasium id with --config.env=<id>"
+        )
     try:
         return gymnasium.spec(env)
     except gymnasium.error.Error as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise InputError(f"unknown environment '{env}' ({reason}): give a Gymnasium id with --config.env=<id>") from None
+        raise InputError(
+            f"unknown environment '{env}' ({reason}): give a Gymnasium id with --config.env=<id>"
+        ) from None
 
 
 def _d4rl_reference(spec) -> tuple[float, float] | None:
@@ -249,7 +296,9 @@ def _check(dataset: Dataset) -> None:
     for key in ("observations", "actions"):
         if getattr(dataset, key).ndim != 2:
             shape = getattr(dataset, key).shape
-            raise InputError(f"{source}: '{key}' has shape {shape}: it needs two axes, rows and dimensions")
+            raise InputError(
+                f"{source}: '{key}' has shape {shape}: it needs two axes, rows and dimensions"
+            )
     for key in ("observations", "next_observations", "actions", "rewards"):
         bad = ~np.isfinite(getattr(dataset, key).reshape(len(dataset.rewards), -1)).all(axis=1)
         if bad.any():
@@ -266,20 +315,18 @@ def _check(dataset: Dataset) -> None:
         )
 
 
-def cached_labels(cache_dir: str, name: str, make) -> np.ndarray:
-    """The bool array stored as `name` in `cache_dir`, or that of make(), stored for the next time."""
-    path = os.path.join(os.path.expanduser(cache_dir), f"{name}.npy")
-    if os.path.isfile(path):
-        try:
-            labels = np.load(path, allow_pickle=False)
-            if labels.dtype == bool:
-                return labels
-        except (ValueError, EOFError, OSError):
-            pass  # a broken file is made again
+def cached_labels(cache_dir: str, name: list, make) -> np.ndarray:
+    """The bool array that make() returns, kept in `cache_dir` under what it depends on, `name`."""
+    path = os.path.join(os.path.expanduser(cache_dir), "-".join(map(str, name)) + ".npy")
+    try:
+        labels = np.load(path, allow_pickle=False)
+        if labels.dtype == bool:
+            return labels
+    except (OSError, ValueError, EOFError):
+        pass  # not there, or broken: made again
     labels = make()
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.{os.getpid()}"
-    with open(partial, "wb") as file:
+    with open(f"{path}.{os.getpid()}", "wb") as file:
         np.save(file, labels)
-    os.replace(partial, path)
+    os.replace(file.name, path)
     return labels

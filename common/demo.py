@@ -1,4 +1,4 @@
-"""The demo data set: Reacher, recorded from scripted policies of mixed quality as a real Minari data set."""
+"""The demo: Reacher episodes of scripted policies of mixed quality, as a real Minari data set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DATASET_ID = "ssar-jax/reacher/mixed-v0"
 ENV_ID = "Reacher-v5"
 EPISODES = 600
 # Skill levels: share of the episodes, gain towards the target, joint damping, torque noise.
-# The first knows what it does; the second is timid, the third shaky, the fourth pulls the wrong way.
+# The first knows what it does, the second is timid, the third shaky, the fourth pulls away.
 SKILLS = (
     (0.2, 8.0, 0.05, 0.05),
     (0.3, 1.0, 0.01, 0.2),
@@ -38,13 +38,15 @@ def run_episode(env, rng, gain, damping, noise) -> float:
     total, done = 0.0, False
     while not done:
         action = torque(observation, gain, damping) + noise * rng.standard_normal(2)
-        observation, reward, terminated, truncated, _ = env.step(np.clip(action, -1, 1).astype(np.float32))
+        observation, reward, terminated, truncated, _ = env.step(
+            np.clip(action, -1, 1).astype(np.float32)
+        )
         total, done = total + reward, terminated or truncated
     return total
 
 
 def demo_dataset_id() -> str:
-    """Records the demo on first use, in seconds, into Minari's local root (MINARI_DATASETS_PATH); returns its id."""
+    """The demo's id; on first use, records it into Minari's local root (MINARI_DATASETS_PATH)."""
     if DATASET_ID in minari.list_local_datasets():
         return DATASET_ID
     rng = np.random.default_rng(0)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 
-from common.dataset import Dataset, InputError
+from common.checks import InputError
+from common.dataset import Dataset
 
 
 class Episodes(NamedTuple):
@@ -15,11 +16,13 @@ class Episodes(NamedTuple):
 
     returns: np.ndarray  # [S, E], undiscounted, in the environment's rewards
     lengths: np.ndarray  # [S, E], steps
-    success: np.ndarray  # [S, E], 1 where the environment reported success; NaN where it reports none
+    success: (
+        np.ndarray
+    )  # [S, E], 1 where the environment reported success; NaN where it reports none
 
 
 class Evaluator:
-    """Environments of their own, `episodes` for each seed; the same starting states at every evaluation.
+    """Environments of their own, `episodes` for each seed, with the same starts every time.
 
     Raises InputError when the environment does not exist, or its spaces do not fit the data.
     """
@@ -27,7 +30,9 @@ class Evaluator:
     def __init__(self, dataset: Dataset, num_seeds: int, episodes: int, seed: int):
         self.shape = (num_seeds, episodes)
         # Seed s starts from the same states whether it is evaluated alone or among others.
-        self.reset_seeds = [100_000 * (seed + i) + j for i in range(num_seeds) for j in range(episodes)]
+        self.reset_seeds = [
+            100_000 * (seed + i) + j for i in range(num_seeds) for j in range(episodes)
+        ]
         try:
             self.envs = gymnasium.make_vec(
                 dataset.env,
@@ -37,24 +42,30 @@ class Evaluator:
                 wrappers=[flatten],
             )
         except (gymnasium.error.Error, ImportError) as error:
-            raise InputError(f"cannot make environment {dataset.env.id} ({error}): install what it needs") from None
-        spaces = {"observations": self.envs.single_observation_space, "actions": self.envs.single_action_space}
+            raise InputError(
+                f"cannot make environment {dataset.env.id} ({error}): install what it needs"
+            ) from None
+        spaces = {
+            "observations": self.envs.single_observation_space,
+            "actions": self.envs.single_action_space,
+        }
         for key, space in spaces.items():
             width = getattr(dataset, key).shape[1]
             if space.shape != (width,):
                 raise InputError(
-                    f"{dataset.source}: '{key}' has {width} dimensions but {dataset.env.id} has {space.shape}: "
-                    "name the data's own environment with --config.env=<id>"
+                    f"{dataset.source}: '{key}' has {width} dimensions but {dataset.env.id} "
+                    f"has {space.shape}: name the data's own environment with --config.env=<id>"
                 )
         action_space = self.envs.single_action_space
         if not (np.all(action_space.low == -1) and np.all(action_space.high == 1)):
             raise InputError(
-                f"{dataset.env.id} takes actions in [{action_space.low.min()}, {action_space.high.max()}]: "
-                "policies act in [-1, 1], so register the environment with gymnasium.wrappers.RescaleAction"
+                f"{dataset.env.id} takes actions in "
+                f"[{action_space.low.min()}, {action_space.high.max()}] but policies act in [-1, 1]: "
+                "wrap the environment in gymnasium.wrappers.RescaleAction"
             )
 
     def __call__(self, act, actor_params, normalizer) -> Episodes:
-        """Runs act(actor_params, [S, E, O]) -> [S, E, A] until every slot has finished its one episode."""
+        """Runs act(actor_params, [S, E, O]) -> [S, E, A] until every slot has had one episode."""
         slots = len(self.reset_seeds)
         returns, lengths, success = np.zeros(slots), np.zeros(slots, int), np.full(slots, np.nan)
         running = np.ones(slots, bool)
@@ -65,11 +76,13 @@ class Evaluator:
             observations, rewards, terminated, truncated, infos = self.envs.step(actions)
             returns += rewards * running
             lengths += running
-            ended = terminated | truncated  # those slots have been reset already: their last infos are apart
-            for report, slots_told in ((infos, running & ~ended), (infos.get("final_info", {}), running & ended)):
+            ended = terminated | truncated
+            # A slot that ended has been reset already; what its last step reported stands apart.
+            reports = ((infos, running & ~ended), (infos.get("final_info", {}), running & ended))
+            for report, slots_meant in reports:
                 if "success" in report:
-                    told = slots_told & report.get("_success", True)
-                    success[told] = np.fmax(success[told], np.asarray(report["success"], float)[told])
+                    told = slots_meant & report.get("_success", True)
+                    success[told] = np.fmax(success[told], np.asarray(report["success"])[told])
             running &= ~ended
         return Episodes(*(x.reshape(self.shape) for x in (returns, lengths, success)))
 

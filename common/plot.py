@@ -11,18 +11,32 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#c4561a", "#6b6b6b"
 
 
 def plot_run(path: str, history: list[dict], results: dict, config) -> None:
-    """Score with the behaviour line; beta's band; n with the update at which it stopped; the margin.
+    """Score beside the behaviour's, β's band, n and where it stopped, and the margin.
 
     Thin lines are seeds, thick ones their mean.
     """
     steps = np.array([past["step"] for past in history]) / 1000
-    series = {key: np.stack([past[key] for past in history]) for key in history[0] if np.ndim(history[0][key]) == 1}
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
-             "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 8}  # fmt: skip
+    series = {
+        key: np.stack([past[key] for past in history])
+        for key in history[0]
+        if np.ndim(history[0][key]) == 1
+    }
+    style = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titleweight": "bold",
+        "axes.titlesize": 9,
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+    }
     with plt.rc_context(style):
         figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), sharex=True, layout="constrained")
         (score, beta), (width, margin) = axes
-        figure.suptitle(f"{results['algorithm']} · {results['task']} · {config.coefficient} β", fontsize=11)
+        figure.suptitle(
+            f"{results['algorithm']} · {results['task']} · {config.coefficient} β", fontsize=11
+        )
 
         def curves(axis, key, colour, label):
             if series[key].shape[1] > 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.metadata
 import json
 import os
 import platform
 import sys
+import time
 
 import jax
 import numpy as np
@@ -28,20 +30,24 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnasium", "mujoco", "minari", "
 
 def progress(total: int, label: str) -> tqdm:
     """A progress bar that counts gradient updates."""
-    return tqdm(total=total, desc=label, unit="update", unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+    return tqdm(
+        total=total, desc=label, unit="update", unit_scale=True, dynamic_ncols=True, mininterval=0.5
+    )
 
 
 class RunLog:
-    """Writes one run. Every file exists from the first evaluation on; results.json marks a finished run."""
+    """Writes one run; results.json marks it as finished."""
 
     def __init__(self, algorithm, workdir, config, dataset, trusted, data_fingerprint):
-        self.workdir = workdir or os.path.join("runs", algorithm, config.task.replace("/", "-"), str(config.seed))
+        self.workdir = workdir or os.path.join(
+            "runs", algorithm, config.task.replace("/", "-"), str(config.seed)
+        )
         self.algorithm, self.config, self.dataset = algorithm, config, dataset
         self.seeds = [config.seed + i for i in range(config.num_seeds)]
         self.trusted_fraction = trusted.mean(axis=1)
         self.data_fingerprint = data_fingerprint
         self.compile_seconds = 0.0
-        self.history = []  # one dict an interval: step, updates_per_second, score [S], and the metrics, each [S]
+        self.history = []  # one dict an interval: step, updates_per_second; score and metrics [S]
         set_aside(self.workdir)
         os.makedirs(self.workdir)
         self._write_json("config.json", config.to_dict())
@@ -50,7 +56,21 @@ class RunLog:
             for seed in self.seeds
         ]
 
-    def interval(self, phase, step, episodes, info, updates_per_second):
+    @contextlib.contextmanager
+    def compiling(self):
+        """Times what happens inside as compilation."""
+        started = time.perf_counter()
+        yield
+        self.compile_seconds = time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def training(self, updates):
+        """Times what happens inside as `updates` updates of every seed."""
+        started = time.perf_counter()
+        yield
+        self.updates_per_second = updates / (time.perf_counter() - started)
+
+    def interval(self, phase, step, episodes, info):
         """Adds an evaluation after update `step` and the mean metrics of the interval before it."""
         self.metrics = sorted(info)
         scores = self.dataset.score(episodes.returns)
@@ -62,13 +82,18 @@ class RunLog:
             "success_rate": episodes.success.mean(axis=1),
             **{key: np.asarray(info[key]) for key in self.metrics},
         }
-        self.history.append({"phase": phase, "step": step, "updates_per_second": updates_per_second, **row})
+        self.history.append(
+            {"phase": phase, "step": step, "updates_per_second": self.updates_per_second, **row}
+        )
         with open(os.path.join(self.workdir, "scores.csv"), "a", newline="") as file:
             table = csv.writer(file)
             if len(self.history) == 1:
                 table.writerow(["phase", "step", "seed", *row])
             for i, seed in enumerate(self.seeds):
-                values = [repr(x[i].item()) if np.isfinite(x[i]) or k in info else "" for k, x in row.items()]
+                values = [
+                    repr(x[i].item()) if np.isfinite(x[i]) or k in info else ""
+                    for k, x in row.items()
+                ]
                 table.writerow([phase, step, seed, *values])
         for i, writer in enumerate(self.writers):
             name = "normalized_eval_score" if self.dataset.reference else "eval_return"
@@ -78,7 +103,9 @@ class RunLog:
                 regret = np.mean([1 - past["success_rate"][i] for past in self.history])
                 writer.add_scalar("eval_regret", regret, step)
             for key in info:
-                value = row[key][i] * (self.config.batch_size if key == "constrained_fraction" else 1)
+                value = row[key][i] * (
+                    self.config.batch_size if key == "constrained_fraction" else 1
+                )
                 writer.add_scalar(TENSORBOARD_TAGS.get(key, key), value, step)
             writer.flush()
 
@@ -92,7 +119,7 @@ class RunLog:
         }
 
     def finish(self, n_stopped_at, wall_seconds) -> dict:
-        """Writes results.json and learning_curve.png, prints the table; returns results.json's content."""
+        """Writes results.json and the picture, prints the table; returns results.json's content."""
         scores = np.stack([past["score"] for past in self.history])  # [intervals, S]
         behaviour = self.dataset.score(self.dataset.returns).mean()
         last = self.history[-1]
@@ -128,7 +155,9 @@ class RunLog:
         }
         for writer in self.writers:
             writer.close()
-        plot_run(os.path.join(self.workdir, "learning_curve.png"), self.history, results, self.config)
+        plot_run(
+            os.path.join(self.workdir, "learning_curve.png"), self.history, results, self.config
+        )
         self._write_json("results.json", results)
         self._print_table(results)
         return results
@@ -138,7 +167,7 @@ class RunLog:
         found = []
         if self.trusted_fraction.min() < 0.01:
             found.append(
-                f"thin sub-dataset: only {self.trusted_fraction.min():.2%} of the transitions are trusted, "
+                f"thin sub-dataset: only {self.trusted_fraction.min():.2%} of the data is trusted, "
                 "so the coefficient sees few states; lower return_threshold or select by iql"
             )
         broken = [key for key in self.metrics if not np.isfinite(self.history[-1][key]).all()]
@@ -150,12 +179,19 @@ class RunLog:
         unit = "normalised score" if results["normalized"] else "return"
         columns = ("behaviour", "last", "mean_last_10", "best", "n", "beta_mean")
         lines = [f"{unit:>16}  " + "".join(f"{name:>14}" for name in columns)]
-        rows = [(f"seed {seed}", [results[c][i] for c in columns]) for i, seed in enumerate(self.seeds)]
+        rows = [
+            (f"seed {seed}", [results[c][i] for c in columns]) for i, seed in enumerate(self.seeds)
+        ]
         if len(rows) > 1:
             rows.append(("mean", [float(np.mean(results[c])) for c in columns]))
-        lines += [f"{name:>16}  " + "".join(f"{value:14.3f}" for value in values) for name, values in rows]
+        lines += [
+            f"{name:>16}  " + "".join(f"{value:14.3f}" for value in values) for name, values in rows
+        ]
         print("\n".join(lines))
-        print(f"{results['updates_per_second']:.0f} updates/s, {results['wall_seconds']:.0f} s in all -> {self.workdir}")
+        print(
+            f"{results['updates_per_second']:.0f} updates/s, {results['wall_seconds']:.0f} s in all"
+            f" -> {self.workdir}"
+        )
         for warning in results["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
 

@@ -1,9 +1,9 @@
-"""Settings of ssar_td3bc.py: --config=configs/ssar_td3bc.py:<task>, with demo as the default task."""
+"""Settings of ssar_td3bc.py: --config=configs/ssar_td3bc.py:<task>; the default task is demo."""
 
 import ml_collections
 from ml_collections import config_dict
 
-# The authors' settings (SPEC section 8): n_end, how D^ is selected, G_T or expectile, loosen_bound.
+# The authors' settings: n_end, how D^ is selected, G_T or expectile, loosen_bound.
 MUJOCO = {
     "halfcheetah-medium-v2": (3.0, "return", 5200, True),
     "halfcheetah-medium-replay-v2": (3.0, "iql", 0.7, True),

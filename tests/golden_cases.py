@@ -1,9 +1,10 @@
-"""Golden numbers: what the authors' PyTorch classes computed on small fixed inputs (obs 5, action 3, batch 32, 8 updates).
+"""Golden numbers: what the authors' PyTorch classes computed on small fixed inputs.
 
-Each tests/golden/*.npz is one case: its batches, draws and hyper-parameters, and, under f64/, what a float64 run of
-the same networks gave after every update. `SSAR_GOLDEN=<folder>` tests every case of another folder too.
-Initial parameters are not stored: the authors drew them with torch.manual_seed(0), and NumPy's Mersenne Twister
-yields the same stream, bit for bit.
+Observations have 5 dimensions, actions 3, batches 32 rows; a case is 8 updates. Each
+tests/golden/*.npz is one case: its batches, draws and hyper-parameters and, under f64/, what a
+float64 run of the authors' networks gave after every update. SSAR_GOLDEN=<folder> tests every case
+of another folder too. Initial parameters are not stored: the authors drew them with
+torch.manual_seed(0), and NumPy's Mersenne Twister yields the same stream, bit for bit.
 """
 
 import glob
@@ -18,7 +19,11 @@ FOLDERS = [HERE, *filter(None, [os.environ.get("SSAR_GOLDEN")])]
 
 def find_cases(prefix):
     """Paths of the cases whose file name starts with `prefix`."""
-    return [path for folder in FOLDERS for path in sorted(glob.glob(os.path.join(folder, f"{prefix}*.npz")))]
+    return [
+        path
+        for folder in FOLDERS
+        for path in sorted(glob.glob(os.path.join(folder, f"{prefix}*.npz")))
+    ]
 
 
 def load_case(path):
@@ -35,10 +40,16 @@ class TorchStream:
         self.generator = np.random.RandomState(seed)
 
     def uniform(self, shape, bound):
-        """U(-bound, bound) in float32; 24 random bits, scaled and shifted in one rounding as FMA does."""
-        bits = self.generator.randint(0, 2**32, size=int(np.prod(shape)), dtype=np.uint32) & np.uint32(2**24 - 1)
+        """U(-bound, bound) in float32: 24 random bits, scaled and shifted with one rounding."""
+        bits = self.generator.randint(
+            0, 2**32, size=int(np.prod(shape)), dtype=np.uint32
+        ) & np.uint32(2**24 - 1)
         low, width = np.float32(-bound), np.float32(np.float32(bound) - np.float32(-bound))
-        return (bits * 2.0**-24 * np.float64(width) + np.float64(low)).astype(np.float32).reshape(shape)
+        return (
+            (bits * 2.0**-24 * np.float64(width) + np.float64(low))
+            .astype(np.float32)
+            .reshape(shape)
+        )
 
     def linear(self, fan_in, fan_out):
         """nn.Linear's default initialisation, kernel as (in, out)."""
@@ -47,13 +58,19 @@ class TorchStream:
         return {"kernel": kernel, "bias": self.uniform((fan_out,), bound)}
 
     def mlp(self, *widths, layer_norm=False):
-        net = {f"layers_{i}": self.linear(*pair) for i, pair in enumerate(zip(widths, widths[1:], strict=False))}
+        net = {
+            f"layers_{i}": self.linear(*pair)
+            for i, pair in enumerate(zip(widths, widths[1:], strict=False))
+        }
         for i, width in enumerate(widths[1:-1] if layer_norm else ()):
-            net[f"norm_{i}"] = {"scale": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)}
+            net[f"norm_{i}"] = {
+                "scale": np.ones(width, np.float32),
+                "bias": np.zeros(width, np.float32),
+            }
         return net
 
     def coefficient(self, *widths):
-        """Linear layers, then every kernel drawn again as Xavier-uniform, biases 0, the last 0.6931."""
+        """Linear layers, then all kernels again as Xavier-uniform; biases 0, the last 0.6931."""
         net = self.mlp(*widths)
         for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
             kernel = self.uniform((fan_out, fan_in), np.sqrt(6 / (fan_in + fan_out))).T
@@ -85,14 +102,20 @@ def iql_parameters():
 
 def flatten(name, params):
     """{'actor/layers_0/kernel': array, ...} of one network."""
-    return {f"{name}/{layer}/{leaf}": np.asarray(x) for layer, leaves in params.items() for leaf, x in leaves.items()}
+    return {
+        f"{name}/{layer}/{leaf}": np.asarray(x)
+        for layer, leaves in params.items()
+        for leaf, x in leaves.items()
+    }
 
 
 def parameter_stats(x, initial):
-    """The nine checksums of a tensor (sums, projections on seeded normals, movement since the start)."""
+    """Eight checksums of a tensor: sums, projections on seeded normals, movement so far."""
     x, d = x.ravel().astype(np.float64), (x - initial).ravel().astype(np.float64)
     w0, w1 = (np.random.RandomState(seed).standard_normal(x.size) for seed in (0, 1))
-    return np.array([x.sum(), abs(x).sum(), (x**2).sum(), x @ w0, x @ w1, abs(d).sum(), abs(d).max(), d @ w0])
+    return np.array(
+        [x.sum(), abs(x).sum(), (x**2).sum(), x @ w0, x @ w1, abs(d).sum(), abs(d).max(), d @ w0]
+    )
 
 
 def gradient_stats(x):

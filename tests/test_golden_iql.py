@@ -20,24 +20,39 @@ def test_iql_reproduces_the_authors(path, dtype):
     with jax.enable_x64(dtype == "float64"):
         nets = jax.tree.map(lambda x: jnp.asarray(x, dtype), iql_parameters())
         pair = jax.tree.map(lambda a, b: jnp.stack([a, b]), nets["qf1"], nets["qf2"])
-        adam = ssar.optax.adam(ssar.IQL_LR)
-        state = ssar.IQLState(nets["vf"], pair, pair, adam.init(nets["vf"]), adam.init(pair), jax.random.key(0))
+        adam = ssar.iql_adam
+        state = ssar.IQLState(
+            nets["vf"], pair, pair, adam.init(nets["vf"]), adam.init(pair), jax.random.key(0)
+        )
         columns = ("observations", "actions", "rewards", "next_observations", "terminals")
-        data = ssar.Transition(*(jnp.asarray(case[f"dataset/{key}"], dtype) for key in columns), None)
+        data = ssar.Transition(
+            *(jnp.asarray(case[f"dataset/{key}"], dtype) for key in columns), None
+        )
         step = jax.jit(lambda state, batch: ssar.iql_step(state, batch, config))
         for i, rows in enumerate(case["batch/indices"]):
             batch = ssar.take(data, jnp.asarray(rows))
             state, info = step(state, batch)
-            for ours, theirs in (("iql_value_loss", "iql_value_loss"), ("iql_critic_loss", "iql_q_loss")):
-                np.testing.assert_allclose(float(info[ours]), case[f"f64/log/{theirs}"][i], rtol=rtol)
+            for ours, theirs in (
+                ("iql_value_loss", "iql_value_loss"),
+                ("iql_critic_loss", "iql_q_loss"),
+            ):
+                np.testing.assert_allclose(
+                    float(info[ours]), case[f"f64/log/{theirs}"][i], rtol=rtol
+                )
             value = ssar.forward(state.value, batch.obs)[..., 0]
             q = ssar.critics(state.critic, batch.obs, batch.action).min(axis=0)
             scale = np.abs(case["f64/local/v_after"]).max()
-            np.testing.assert_allclose(value, case["f64/local/v_after"][i], rtol=0, atol=rtol * scale)
+            np.testing.assert_allclose(
+                value, case["f64/local/v_after"][i], rtol=0, atol=rtol * scale
+            )
             if "f64/local/q_after" in case:
                 scale = np.abs(case["f64/local/q_after"]).max()
-                np.testing.assert_allclose(q, case["f64/local/q_after"][i], rtol=0, atol=rtol * scale)
-        batched = jax.tree.map(lambda x: x[None], state._replace(key=jax.random.key_data(state.key)))
+                np.testing.assert_allclose(
+                    q, case["f64/local/q_after"][i], rtol=0, atol=rtol * scale
+                )
+        batched = jax.tree.map(
+            lambda x: x[None], state._replace(key=jax.random.key_data(state.key))
+        )
         labels = ssar.select_by_advantage(batched, data)[0]
         np.testing.assert_array_equal(labels, case["labels/trusts"][: len(data.reward)] > 0)
         assert 0.1 < labels.mean() < 0.9

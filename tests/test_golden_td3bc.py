@@ -1,4 +1,4 @@
-"""ssar_td3bc's update against the authors' own numbers, in float64 (to 1e-9) and float32 (to their rounding)."""
+"""ssar_td3bc's update against the authors' own numbers, in float64 and float32."""
 
 import json
 import os
@@ -9,14 +9,22 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from golden_cases import find_cases, flatten, gradient_stats, load_case, parameter_stats, probe, td3_parameters
+from golden_cases import (
+    find_cases,
+    flatten,
+    gradient_stats,
+    load_case,
+    parameter_stats,
+    probe,
+    td3_parameters,
+)
 
 import ssar_td3bc as ssar
 from configs.ssar_td3bc import get_config
 
 CASES = find_cases("td3_")
-# Absolute tolerances are fractions of the largest golden value of a key. Float32: the worst that the recording itself
-# saw between float32 and float64, with room for another order of summation.
+# Fractions of a key's largest golden value. Float32: the worst that the recording itself saw
+# against float64, with room for another order of summation.
 TOLERANCE = {
     "float64": {"log": 1e-9, "beta": 1e-9, "gradient": 1e-9, "parameter": 1e-8},
     "float32": {"log": 3e-5, "beta": 5e-6, "gradient": 2e-5, "parameter": 1e-5},
@@ -67,8 +75,16 @@ def golden_state(params, config, dtype):
 def first_moments(state):
     """Adam's running gradient means, by the fixture's names."""
     found = {}
-    for name, opt in (("actor", state.actor_opt), ("critic", state.critic_opt), ("beta", state.coefficient_opt)):
-        mu = next(s.mu for s in jax.tree.leaves(opt, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    for name, opt in (
+        ("actor", state.actor_opt),
+        ("critic", state.critic_opt),
+        ("beta", state.coefficient_opt),
+    ):
+        mu = next(
+            s.mu
+            for s in jax.tree.leaves(opt, is_leaf=lambda s: hasattr(s, "mu"))
+            if hasattr(s, "mu")
+        )
         found |= by_name(name, mu)
     return found
 
@@ -96,13 +112,22 @@ def replay(path, dtype):
     case, hp = load_case(path)
     config = golden_config(hp)
     state = golden_state(td3_parameters(), config, dtype)
-    update = jax.jit(partial(ssar.update_step, config=config), static_argnames=("update_actor", "online"))
+    update = jax.jit(
+        partial(ssar.update_step, config=config), static_argnames=("update_actor", "online")
+    )
     beta = jax.jit(partial(ssar.coefficient, config=config))
     cast = partial(jnp.asarray, dtype=dtype)
     for i in range(len(case["batch/actions"])):
         obs, action, reward, next_obs, done, trusted = (
             cast(case[f"batch/{key}"][i])
-            for key in ("observations", "actions", "rewards", "next_observations", "dones", "trusts")
+            for key in (
+                "observations",
+                "actions",
+                "rewards",
+                "next_observations",
+                "dones",
+                "trusts",
+            )
         )
         batch = ssar.Transition(obs, action, reward[:, 0], next_obs, done[:, 0], trusted[:, 0])
         noise = ssar.Noise(cast(case["draw/target_policy_noise_unit"][i]))
@@ -110,7 +135,10 @@ def replay(path, dtype):
         before, beta_before = first_moments(state), beta(state.coefficient, obs)
         # update_actor is left to the state's own counter
         state, info = update(
-            state._replace(online_step=jnp.int32(online_step - 1)), batch, noise, online=online_step > 0
+            state._replace(online_step=jnp.int32(online_step - 1)),
+            batch,
+            noise,
+            online=online_step > 0,
         )
         after = first_moments(state)
         gradients = {key: (after[key] - 0.9 * before[key]) / (1 - 0.9) for key in after}
@@ -123,21 +151,27 @@ def close(actual, golden, tolerance, message):
     scale = np.nanmax(np.abs(every))
     if "probe/" in message and "grad" not in message:
         scale = max(scale, 0.05)  # parameters: 5e-7 in float32 whatever their size
-    np.testing.assert_allclose(np.asarray(actual, float), here, rtol=0, atol=tolerance * scale, err_msg=message)
+    np.testing.assert_allclose(
+        np.asarray(actual, float), here, rtol=0, atol=tolerance * scale, err_msg=message
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("path", CASES, ids=os.path.basename)
 def test_update_step_reproduces_the_authors(path, dtype):
     tolerance = TOLERANCE[dtype]
-    initial = {key: np.asarray(x) for name, net in td3_parameters().items() for key, x in flatten(name, net).items()}
+    initial = {
+        key: np.asarray(x)
+        for name, net in td3_parameters().items()
+        for key, x in flatten(name, net).items()
+    }
     compared = set()
 
     with jax.enable_x64(dtype == "float64"):
         for case, i, batch, state, info, gradients, beta_before, beta_after in replay(path, dtype):
 
             def check(key, actual, kind, columns=None, case=case, i=i):
-                """Compares with f64/<key> where the case holds it and the authors produced it in this step."""
+                """Compares with f64/<key> where the authors produced it in this step."""
                 golden = case.get(f"f64/{key}")
                 if golden is not None and np.isfinite(golden[i]).all():
                     golden = golden[..., :columns] if columns else golden
@@ -158,13 +192,17 @@ def test_update_step_reproduces_the_authors(path, dtype):
                 check(f"grad_stats/{key}", gradient_stats(gradient), "gradient")
                 check(f"grad_probe/{key}", probe(gradient), "gradient")
             for key, x in parameters(state).items():
-                # Adam turns a near-zero gradient into +-lr: in float32 the movement's checksums say nothing.
+                # Adam makes a near-zero gradient +-lr: the movement says nothing in float32.
                 columns = 8 if dtype == "float64" else 5
                 stats = parameter_stats(x, initial[key.replace("_target", "")])
                 check(f"stats/{key}", stats[:columns], "parameter", columns)
                 check(f"probe/{key}", probe(x), "parameter")
 
-            acts = np.asarray(batch.trusted) > 0 if state_config(case)["loosen_bound"] else np.full(len(beta_before), True)
+            acts = (
+                np.asarray(batch.trusted) > 0
+                if state_config(case)["loosen_bound"]
+                else np.full(len(beta_before), True)
+            )
             acts = acts if acts.any() else ~acts
             beta = np.asarray(beta_before)[acts]
             if np.isfinite(info["beta_mean"]):
@@ -172,10 +210,17 @@ def test_update_step_reproduces_the_authors(path, dtype):
                 np.testing.assert_allclose(ours, [beta.min(), beta.mean(), beta.max()], rtol=1e-5)
 
     assert {"log/critic_loss", "log/actor_loss", "beta_net/after", "state/n_away"} <= compared
-    assert sum(key.startswith("grad_stats/") for key in compared) == 34  # every tensor of actor, critics and beta
+    assert (
+        sum(key.startswith("grad_stats/") for key in compared) == 34
+    )  # every tensor of actor, critics and beta
 
 
-LOGS = {"critic_loss": "critic_loss", "q1": "q1", "actor_loss": "actor_loss", "margin": "beta_weight"}
+LOGS = {
+    "critic_loss": "critic_loss",
+    "q1": "q1",
+    "actor_loss": "actor_loss",
+    "margin": "beta_weight",
+}
 
 
 def state_config(case):
@@ -183,7 +228,11 @@ def state_config(case):
 
 
 def authors_beta_mean(beta, batch, case):
-    """Their log masks untrusted rows where ours leaves them out: zeros count unless loosen_bound."""
+    """Their log counts untrusted rows as zeros, unless loosen_bound; ours leaves them out."""
     trusted = np.asarray(batch.trusted)
     masked = np.asarray(beta) * (trusted if state_config(case)["select_actions"] else 1)
-    return masked[trusted > 0].mean() if state_config(case)["loosen_bound"] and trusted.any() else masked.mean()
+    return (
+        masked[trusted > 0].mean()
+        if state_config(case)["loosen_bound"] and trusted.any()
+        else masked.mean()
+    )
