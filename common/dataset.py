@@ -75,6 +75,14 @@ def fit_normalizer(observations: np.ndarray, enabled: bool = True) -> Normalizer
     return Normalizer(mean.astype(np.float32), std.astype(np.float32))
 
 
+def flatten_observations(observations) -> np.ndarray:
+    """Rows of observations as [rows, O]; dictionaries are joined in alphabetical order of their keys."""
+    if isinstance(observations, dict):
+        parts = [flatten_observations(observations[key]) for key in sorted(observations)]
+        return np.concatenate(parts, axis=1)
+    return np.reshape(observations, (len(observations), -1))
+
+
 def fingerprint(arrays) -> str:
     """A short hash of the shapes and bits of some arrays: the same data gives the same text."""
     digest = hashlib.blake2b(digest_size=8)
@@ -137,15 +145,12 @@ def load_dataset(name: str, path: str | None = None, env: str | None = None) -> 
     the data's metadata gives. Raises InputError when the data cannot be used.
     """
     if path or name.startswith("d4rl:"):
-        dataset = _load_hdf5(path or name.removeprefix("d4rl:"), name, env)
-    elif name == "demo":
+        return _load_hdf5(path or name.removeprefix("d4rl:"), name, env)
+    if name == "demo":
         from common.demo import demo_dataset_id
 
-        dataset = _load_minari(demo_dataset_id(), env)
-    else:
-        dataset = _load_minari(name, env)
-    _check(dataset)
-    return dataset
+        name = demo_dataset_id()
+    return _load_minari(name, env)
 
 
 def _load_hdf5(path: str, name: str, env: str | None) -> Dataset:
@@ -207,7 +212,6 @@ def _load_minari(dataset_id: str, env: str | None) -> Dataset:
     reference = None
     if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
         reference = (float(metadata["ref_min_score"]), float(metadata["ref_max_score"]))
-    space = stored.observation_space
     parts = {
         k: []
         for k in (
@@ -220,12 +224,7 @@ def _load_minari(dataset_id: str, env: str | None) -> Dataset:
         )
     }
     for episode in stored.iterate_episodes():
-        observations = episode.observations  # one row more than there are transitions
-        if isinstance(space, gymnasium.spaces.Dict):
-            observations = np.concatenate(
-                [np.reshape(observations[k], (len(episode.rewards) + 1, -1)) for k in space.spaces],
-                axis=1,
-            )
+        observations = flatten_observations(episode.observations)  # one row more than actions
         parts["observations"].append(observations[:-1])
         parts["next_observations"].append(observations[1:])
         parts["actions"].append(episode.actions)
@@ -241,6 +240,7 @@ def _from_columns(
     source,
     spec,
     reference,
+    *,
     observations,
     actions,
     rewards,
@@ -248,6 +248,7 @@ def _from_columns(
     timeouts=None,
     next_observations=None,
 ) -> Dataset:
+    _check_columns(source, observations, actions, rewards, next_observations)
     terminals = terminals.astype(bool).reshape(-1)
     timeouts = np.zeros_like(terminals) if timeouts is None else timeouts.astype(bool).reshape(-1)
     keep = slice(None)
@@ -291,26 +292,27 @@ def _d4rl_reference(spec) -> tuple[float, float] | None:
     return D4RL_REFERENCES.get(spec.name)
 
 
-def _check(dataset: Dataset) -> None:
-    source = dataset.source
-    for key in ("observations", "actions"):
-        if getattr(dataset, key).ndim != 2:
-            shape = getattr(dataset, key).shape
+def _check_columns(source, observations, actions, rewards, next_observations) -> None:
+    columns = {"observations": observations, "next_observations": next_observations}
+    columns |= {"actions": actions, "rewards": rewards}
+    for key, column in columns.items():
+        if column is None:
+            continue
+        if column.ndim != 2 and key != "rewards":
             raise InputError(
-                f"{source}: '{key}' has shape {shape}: it needs two axes, rows and dimensions"
+                f"{source}: '{key}' has shape {column.shape}: it needs two axes, rows by dimensions"
             )
-    for key in ("observations", "next_observations", "actions", "rewards"):
-        bad = ~np.isfinite(getattr(dataset, key).reshape(len(dataset.rewards), -1)).all(axis=1)
+        bad = ~np.isfinite(column.reshape(len(column), -1)).all(axis=1)
         if bad.any():
             raise InputError(
                 f"{source}: '{key}' is not finite at row {bad.argmax()} ({bad.sum()} such rows): "
-                "remove those episodes from the file"
+                "remove those episodes from the data"
             )
-    outside = np.abs(dataset.actions).max(axis=1) > 1 + 1e-6
+    outside = np.abs(actions).max(axis=1) > 1 + 1e-6
     if outside.any():
         row = outside.argmax()
         raise InputError(
-            f"{source}: 'actions' reaches {np.abs(dataset.actions[row]).max():g} at row {row} "
+            f"{source}: 'actions' reaches {np.abs(actions[row]).max():g} at row {row} "
             f"({outside.sum()} rows outside [-1, 1]): rescale or clip the actions to [-1, 1]"
         )
 

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 
 from common.checks import InputError
-from common.dataset import Dataset
+from common.dataset import Dataset, flatten_observations
 
 
 class Episodes(NamedTuple):
@@ -39,28 +39,24 @@ class Evaluator:
                 num_envs=num_seeds * episodes,
                 vectorization_mode="sync",
                 vector_kwargs={"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP},
-                wrappers=[flatten],
             )
         except (gymnasium.error.Error, ImportError) as error:
             raise InputError(
                 f"cannot make environment {dataset.env.id} ({error}): install what it needs"
             ) from None
-        spaces = {
-            "observations": self.envs.single_observation_space,
-            "actions": self.envs.single_action_space,
-        }
-        for key, space in spaces.items():
-            width = getattr(dataset, key).shape[1]
-            if space.shape != (width,):
-                raise InputError(
-                    f"{dataset.source}: '{key}' has {width} dimensions but {dataset.env.id} "
-                    f"has {space.shape}: name the data's own environment with --config.env=<id>"
-                )
         action_space = self.envs.single_action_space
+        spaces = {"observations": self.envs.single_observation_space, "actions": action_space}
+        for key, space in spaces.items():
+            width, expected = getattr(dataset, key).shape[1], gymnasium.spaces.flatdim(space)
+            if width != expected:
+                raise InputError(
+                    f"{dataset.source}: '{key}' has {width} dimensions but {dataset.env.id} has "
+                    f"{expected}: name the data's own environment with --config.env=<id>"
+                )
         if not (np.all(action_space.low == -1) and np.all(action_space.high == 1)):
+            low, high = action_space.low.min(), action_space.high.max()
             raise InputError(
-                f"{dataset.env.id} takes actions in "
-                f"[{action_space.low.min()}, {action_space.high.max()}] but policies act in [-1, 1]: "
+                f"{dataset.env.id} takes actions in [{low}, {high}] but policies act in [-1, 1]: "
                 "wrap the environment in gymnasium.wrappers.RescaleAction"
             )
 
@@ -71,7 +67,7 @@ class Evaluator:
         running = np.ones(slots, bool)
         observations, _ = self.envs.reset(seed=self.reset_seeds)
         while running.any():
-            batch = normalizer(observations).reshape(*self.shape, -1)
+            batch = normalizer(flatten_observations(observations)).reshape(*self.shape, -1)
             actions = np.asarray(act(actor_params, batch)).reshape(slots, -1)
             observations, rewards, terminated, truncated, infos = self.envs.step(actions)
             returns += rewards * running
@@ -85,10 +81,3 @@ class Evaluator:
                     success[told] = np.fmax(success[told], np.asarray(report["success"])[told])
             running &= ~ended
         return Episodes(*(x.reshape(self.shape) for x in (returns, lengths, success)))
-
-
-def flatten(env: gymnasium.Env) -> gymnasium.Env:
-    """Dict observations as one vector, in the space's own order."""
-    if isinstance(env.observation_space, gymnasium.spaces.Box):
-        return env
-    return gymnasium.wrappers.FlattenObservation(env)

@@ -1,0 +1,324 @@
+"""Loading, episodes, returns, normalisation, against golden numbers and slow references."""
+
+import gymnasium
+import minari
+import numpy as np
+import pytest
+from golden_cases import find_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import toy_columns, write_hdf5
+
+import ssar_td3bc as ssar
+from common.checks import InputError
+from common.dataset import (
+    best_episodes,
+    cached_labels,
+    episode_lengths,
+    episode_returns,
+    find_episode_ends,
+    fingerprint,
+    fit_normalizer,
+    load_dataset,
+)
+from common.evaluation import Evaluator
+
+# ----------------------------------------------------------------------- the authors' helpers
+
+
+@pytest.fixture(scope="module", params=find_cases("data_helpers"))
+def helpers(request):
+    with np.load(request.param, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def helper_ends(case, **overrides):
+    columns = (case[f"dataset/{key}"] for key in ("observations", "next_observations", "terminals"))
+    return find_episode_ends(*columns, **({"max_steps": int(case["max_steps"])} | overrides))
+
+
+def test_trajectory_selection_matches_the_authors(helpers):
+    rewards, ends = helpers["dataset/rewards"], helper_ends(helpers)
+    for threshold in (2, 4, 100):
+        expected = helpers[f"dense/ref_{threshold}/trusts"][: len(rewards)] > 0
+        np.testing.assert_array_equal(ssar.select_by_return(rewards, ends, threshold), expected)
+    raw = helpers["sparse/raw_rewards"]
+    for script, scale, bias in (("td3", 1, -1), ("cql", 10, -5)):
+        shifted = scale * raw + np.float32(bias)
+        expected = helpers[f"sparse/{script}/trusts"][: len(raw)] > 0
+        np.testing.assert_array_equal(ssar.select_by_success(shifted, ends, bias), expected)
+
+
+def test_returns_match_the_authors(helpers):
+    rewards, ends = helpers["dataset/rewards"], helper_ends(helpers)
+    returns = episode_returns(rewards, ends)
+    np.testing.assert_allclose(returns.mean(), helpers["avg_high_returns/none"], rtol=1e-6)
+    np.testing.assert_allclose(
+        returns[returns > 2].mean(), helpers["avg_high_returns/2"], rtol=1e-6
+    )
+    # their reward range splits on terminals and the time limit alone and drops the unfinished tail
+    for limit in (8, 1000):
+        ends = helper_ends(helpers, max_steps=limit, tolerance=np.inf)
+        complete = episode_returns(rewards, ends)
+        if not helpers["dataset/terminals"][-1] and episode_lengths(ends)[-1] < limit:
+            complete = complete[:-1]
+        low, high = helpers[f"reward_range/max{limit}"]
+        np.testing.assert_allclose([complete.min(), complete.max()], [low, high], rtol=1e-6)
+
+
+def test_reward_changes_match_the_authors(helpers):
+    """Their scales and biases, as reward_scale and reward_bias of the config."""
+    rewards = helpers["dataset/rewards"]
+    low, high = helpers["reward_range/max8"]
+    per_return = float(helpers["max_steps"] / (high - low))
+    cases = {
+        "td3/antmaze": (1, -1),
+        "td3/hopper": (per_return, 0),
+        "td3/pen": (1, 0),
+        "cql/antmaze/scale1_bias0": (1, 0),
+        "cql/antmaze/scale10_bias-5": (10, -5),
+        "cql/hopper/scale1_bias0": (per_return, 0),
+        "cql/hopper/scale10_bias-5": (10 * per_return, -5),
+        "cql/pen/scale10_bias-5": (10, -5),
+    }
+    for name, (scale, bias) in cases.items():
+        ours = scale * rewards + np.float32(bias)
+        np.testing.assert_allclose(ours, helpers[f"modify_reward/{name}/rewards"], atol=2e-6)
+        np.testing.assert_allclose(
+            scale * 1.25 + bias, helpers[f"modify_reward/{name}/online_of_1.25"], rtol=1e-6
+        )
+
+
+def test_normalisation_matches_the_authors(helpers):
+    normalizer = fit_normalizer(helpers["dataset/observations"])
+    np.testing.assert_allclose(normalizer.mean, helpers["normalize/mean"], atol=1e-6)
+    np.testing.assert_allclose(normalizer.std, helpers["normalize/std"], atol=1e-6)
+    np.testing.assert_allclose(
+        normalizer(helpers["dataset/observations"]), helpers["normalize/observations"], atol=2e-5
+    )
+
+
+def test_best_episodes_match_the_authors(helpers):
+    """Their 'part' start: no time limit, a coarser gap, no unfinished tail."""
+    ends = helper_ends(helpers, max_steps=None, tolerance=1e-4)
+    tail = episode_lengths(ends)[-1] if not helpers["dataset/terminals"][-1] else 0
+    rows = len(ends) - tail
+    for count in (1, 2, 3, 50):
+        kept = best_episodes(helpers["dataset/rewards"][:rows], ends[:rows], count)
+        np.testing.assert_array_equal(kept, helpers[f"part/nums_{count}/kept_rows_in_order"])
+
+
+# ----------------------------------------------------------------------- slow references
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    flags=st.lists(
+        st.sampled_from(["", "", "", "terminal", "timeout", "gap"]), min_size=1, max_size=40
+    ),
+    max_steps=st.sampled_from([None, 1, 3, 5]),
+)
+def test_episodes_against_a_plain_loop(flags, max_steps):
+    rows = len(flags)
+    obs = np.arange(rows, dtype=np.float32)[:, None]
+    next_obs = obs + 1
+    next_obs[[flag == "gap" for flag in flags]] += 0.5
+    terminals = np.array([flag == "terminal" for flag in flags])
+    timeouts = np.array([flag == "timeout" for flag in flags])
+    rewards = np.random.default_rng(rows).standard_normal(rows).astype(np.float32)
+
+    episodes, current = [], []
+    for i, flag in enumerate(flags):
+        current.append(i)
+        if flag or len(current) == max_steps or i == rows - 1:
+            episodes.append(current)
+            current = []
+
+    ends = find_episode_ends(obs, next_obs, terminals, timeouts, max_steps)
+    assert np.flatnonzero(ends).tolist() == [episode[-1] for episode in episodes]
+    assert episode_lengths(ends).tolist() == [len(episode) for episode in episodes]
+    np.testing.assert_allclose(
+        episode_returns(rewards, ends), [rewards[e].sum(dtype=float) for e in episodes], atol=1e-6
+    )
+    kept = best_episodes(rewards, ends, 2)
+    order = sorted(episodes, key=lambda e: -rewards[e].sum(dtype=float))[:2]
+    assert kept.tolist() == [i for episode in order for i in episode]
+
+
+def test_hdf5_with_successors_keeps_every_row(tmp_path):
+    columns = toy_columns()
+    path = write_hdf5(tmp_path / "toy.hdf5", **columns)
+    data = load_dataset("toy", path, "ssar-test/Walk-v0")
+    for name in ("observations", "actions", "rewards", "next_observations", "terminals"):
+        np.testing.assert_array_equal(getattr(data, name), columns[name])
+    np.testing.assert_array_equal(data.episode_ends, columns["terminals"] | columns["timeouts"])
+    assert data.env.id == "ssar-test/Walk-v0"
+    assert data.reference is None
+    assert data.score(-3.0) == -3.0
+
+
+def test_hdf5_without_successors_drops_rows_whose_successor_is_unknown(tmp_path):
+    """Against D4RL's rule in a loop: the next row is the successor, time-outs have none."""
+    columns = toy_columns()
+    del columns["next_observations"]
+    path = write_hdf5(tmp_path / "toy.hdf5", **columns)
+    data = load_dataset("d4rl:" + path, env="ssar-test/Walk-v0")
+    kept = [i for i in range(len(columns["rewards"])) if not columns["timeouts"][i]]
+    np.testing.assert_array_equal(data.observations, columns["observations"][kept])
+    for row, i in enumerate(kept):
+        if not columns["terminals"][i]:
+            np.testing.assert_array_equal(
+                data.next_observations[row], columns["observations"][i + 1]
+            )
+    # an episode that lost its last row still ends where it did
+    episode = np.cumsum(np.r_[0, (columns["terminals"] | columns["timeouts"])[:-1]])[kept]
+    np.testing.assert_array_equal(data.episode_ends, np.r_[np.diff(episode) > 0, True])
+
+
+def test_environment_and_scores_follow_the_file_name(tmp_path):
+    columns = toy_columns()
+    columns["observations"] = np.zeros((len(columns["rewards"]), 11), np.float32)
+    columns["next_observations"] = columns["observations"]
+    columns["actions"] = np.zeros((len(columns["rewards"]), 3), np.float32)
+    data = load_dataset("d4rl:" + write_hdf5(tmp_path / "hopper_medium-v2.hdf5", **columns))
+    assert data.env.id == "Hopper-v4"
+    assert data.score(3234.3) == pytest.approx(100)
+    assert data.score(-20.272305) == pytest.approx(0)
+
+
+def test_fingerprint_sees_every_bit():
+    a, b = np.arange(5.0), np.arange(6.0)
+    changed = a.copy()
+    changed[-1] = np.nextafter(changed[-1], 9)
+    prints = {fingerprint(x) for x in ([a], [b], [a, b], [changed], [a.astype(np.float32)])}
+    assert len(prints) == 5
+    assert fingerprint([a, None]) == fingerprint([a.copy()])
+
+
+def test_labels_are_cached_and_a_broken_file_is_made_again(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return np.array([True, False])
+
+    for _ in range(2):
+        labels = cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], make)
+        np.testing.assert_array_equal(labels, [True, False])
+    assert len(calls) == 1
+    (file,) = (tmp_path / "new").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    np.testing.assert_array_equal(
+        cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], make), [True, False]
+    )
+    cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.5], make)
+    assert len(calls) == 3
+
+
+# ----------------------------------------------------------------------- Minari
+
+
+def test_demo_is_a_real_minari_data_set():
+    demo = load_dataset("demo")
+    assert demo.observations.shape[1] == 10
+    stored = minari.load_dataset("ssar-jax/reacher/mixed-v0")
+    episodes = list(stored.iterate_episodes())
+    assert len(demo.rewards) == sum(len(episode.rewards) for episode in episodes)
+    assert len(demo.returns) == len(episodes)
+    np.testing.assert_allclose(
+        demo.returns, [episode.rewards.sum() for episode in episodes], rtol=1e-5
+    )
+    recorded = episodes[0].observations.astype(np.float32)
+    rows = len(recorded) - 1
+    np.testing.assert_array_equal(demo.observations[:rows], recorded[:-1])
+    np.testing.assert_array_equal(demo.next_observations[:rows], recorded[1:])
+    assert not demo.terminals.any()  # Reacher ends by time alone
+    assert 0 < demo.score(demo.returns).mean() < 90
+    assert demo.env.id == "Reacher-v5"
+    again = load_dataset("demo")
+    assert fingerprint([again.observations]) == fingerprint([demo.observations])
+
+
+def test_dictionary_observations_are_flattened_as_the_evaluation_does():
+    env = minari.DataCollector(gymnasium.make("ssar-test/Goal-v0"))
+    for seed in range(4):
+        env.reset(seed=seed)
+        done = False
+        while not done:
+            _, _, terminated, truncated, _ = env.step(np.zeros(2, np.float32))
+            done = terminated or truncated
+    env.create_dataset("ssar-test/goal-v0", algorithm_name="none", author="t", author_email="t",
+                       code_permalink="t", eval_env="ssar-test/Goal-v0")  # fmt: skip
+    data = load_dataset("ssar-test/goal-v0")
+    assert data.observations.shape[1] == 4
+    assert data.terminals.sum() + (data.episode_ends & ~data.terminals).sum() == 4
+    evaluator = Evaluator(data, num_seeds=1, episodes=1, seed=0)
+    seen = []
+    act = lambda params, obs: seen.append(obs) or np.zeros((1, 1, 2), np.float32)
+    evaluator(act, None, fit_normalizer(data.observations, enabled=False))
+    # alphabetical: the clock (steps, 1) before the position
+    length = episode_lengths(data.episode_ends)[0]
+    np.testing.assert_array_equal(data.observations[:length, 0], np.arange(length))
+    assert [float(obs[0, 0, 0]) for obs in seen] == list(range(len(seen)))
+
+
+# ----------------------------------------------------------------------- what cannot be used
+
+
+def spoil(name):
+    columns = toy_columns(60)
+    if name == "no rewards":
+        del columns["rewards"]
+    elif name == "short actions":
+        columns["actions"] = columns["actions"][:-1]
+    elif name == "nan":
+        columns["observations"][7, 1] = np.nan
+    elif name == "infinite reward":
+        columns["rewards"][3] = np.inf
+    elif name == "loud action":
+        columns["actions"][9, 0] = 1.5
+    elif name == "flat observations":
+        columns["observations"] = columns["observations"][:, 0]
+    return columns
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no rewards", ["no key 'rewards'", "needs observations, actions, rewards and terminals"]),
+        ("short actions", ["'actions' has", "'observations' has", "one row a transition"]),
+        ("nan", ["'observations' is not finite at row 7", "remove"]),
+        ("infinite reward", ["'rewards' is not finite at row 3"]),
+        ("loud action", ["'actions' reaches 1.5 at row 9", "clip"]),
+        ("flat observations", ["'observations' has", "axes"]),
+    ],
+)
+def test_bad_columns_are_named(tmp_path, name, words):
+    path = write_hdf5(tmp_path / "bad.hdf5", **spoil(name))
+    with pytest.raises(InputError) as error:
+        load_dataset("toy", path, "ssar-test/Walk-v0")
+    message = str(error.value)
+    assert message.startswith(path)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_bad_sources_are_named(tmp_path):
+    text = tmp_path / "page.hdf5"
+    text.write_text("<html>")
+    good = write_hdf5(tmp_path / "good.hdf5", **toy_columns(60))
+    cases = [
+        (("d4rl:/no/such.hdf5", None, "ssar-test/Walk-v0"), ["no file /no/such.hdf5"]),
+        (("toy", str(text), "ssar-test/Walk-v0"), [str(text), "not a readable HDF5 file"]),
+        (("toy", good, None), [good, "--config.env="]),
+        (("toy", good, "Hoper-v4"), ["unknown environment 'Hoper-v4'", "--config.env="]),
+        (("mujoco/none-v0",), ["no local Minari data set 'mujoco/none-v0'", "minari download"]),
+        (("not an id",), ["no local Minari data set 'not an id'"]),
+    ]
+    for arguments, words in cases:
+        with pytest.raises(InputError) as error:
+            load_dataset(*arguments)
+        assert "\n" not in str(error.value)
+        for word in words:
+            assert word in str(error.value)

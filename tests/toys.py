@@ -1,0 +1,145 @@
+"""Small data, settings and an environment that tests can reason about."""
+
+import gymnasium
+import h5py
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+import ssar_td3bc as ssar
+from configs.ssar_td3bc import get_config
+
+OBS, ACTION = 4, 2
+
+
+class Walk(gymnasium.Env):
+    """Two coordinates to be driven to zero. Reward -|x|; success is one unit away or less."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (ACTION,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-3, 3, ACTION)
+        self.lifetime = self.np_random.integers(3, 9)  # a task that ends at its own time
+        self.steps = 0
+        return self._observation(), {}
+
+    def _observation(self):
+        return np.r_[self.x, self.steps, 1].astype(np.float32)
+
+    def step(self, action):
+        self.x = self.x + 0.5 * np.asarray(action, float)
+        self.steps += 1
+        distance = np.abs(self.x).sum()
+        ended = self.steps >= self.lifetime
+        return self._observation(), -distance, ended, False, {"success": bool(distance <= 1)}
+
+
+class Goal(Walk):
+    """Walk with dictionary observations."""
+
+    observation_space = gymnasium.spaces.Dict(
+        position=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32),
+        clock=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32),
+    )
+
+    def _observation(self):
+        flat = Walk._observation(self)
+        return {"position": flat[:2], "clock": flat[2:]}
+
+
+gymnasium.register("ssar-test/Walk-v0", "toys:Walk", max_episode_steps=7)
+gymnasium.register("ssar-test/Goal-v0", "toys:Goal", max_episode_steps=7)
+
+
+def toy_columns(rows=600, seed=0):
+    """Rollouts of a noisy controller in Walk, in D4RL's columns."""
+    rng = np.random.default_rng(seed)
+    env = gymnasium.make("ssar-test/Walk-v0")
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    columns = {name: [] for name in names}
+    while len(columns["rewards"]) < rows:
+        obs, _ = env.reset(seed=int(rng.integers(2**31)))
+        skill, done = rng.uniform(-0.5, 1), False
+        while not done:
+            action = np.clip(-skill * obs[:2] + 0.3 * rng.standard_normal(2), -1, 1)
+            next_obs, reward, terminal, timeout, _ = env.step(action.astype(np.float32))
+            done = terminal or timeout
+            values = (obs, action, reward, next_obs, terminal, timeout and not terminal)
+            for name, value in zip(names, values, strict=True):
+                columns[name].append(value)
+            obs = next_obs
+    return {
+        name: np.array(column, bool if name in ("terminals", "timeouts") else np.float32)
+        for name, column in columns.items()
+    }
+
+
+def write_hdf5(path, **columns):
+    """A file in D4RL's layout; returns its path as text."""
+    with h5py.File(path, "w") as file:
+        for name, column in columns.items():
+            file[name] = column
+    return str(path)
+
+
+def tiny_config(path=None, **overrides):
+    """Settings that train in a second."""
+    config = get_config()
+    config.update(
+        task="toy",
+        dataset="toy",
+        env="ssar-test/Walk-v0",
+        offline_steps=60,
+        eval_interval=20,
+        eval_episodes=3,
+        batch_size=32,
+        hidden_dims=(16, 16),
+        coefficient_hidden_dims=(16, 16, 16),
+        return_threshold=-20.0,
+        update_period=10,
+        coefficient_lr=1e-3,
+        iql_steps=30,
+    )
+    if path:
+        config.dataset_path = str(path)
+    config.update(overrides)
+    return config
+
+
+def frozen(**overrides):
+    return ml_collections.FrozenConfigDict(tiny_config(**overrides))
+
+
+def toy_batch(seed=0, rows=32, trusted=None):
+    """A random batch; `trusted` is a 0/1 sequence, by default about half of the rows."""
+    rng = np.random.default_rng(seed)
+    trusted = rng.random(rows) < 0.5 if trusted is None else trusted
+    return ssar.Transition(
+        obs=jnp.asarray(rng.standard_normal((rows, OBS)), jnp.float32),
+        action=jnp.asarray(np.tanh(rng.standard_normal((rows, ACTION))), jnp.float32),
+        reward=jnp.asarray(rng.standard_normal(rows), jnp.float32),
+        next_obs=jnp.asarray(rng.standard_normal((rows, OBS)), jnp.float32),
+        terminated=jnp.asarray(rng.random(rows) < 0.1, jnp.float32),
+        trusted=jnp.asarray(trusted, jnp.float32),
+    )
+
+
+def toy_states(config, seeds):
+    """TrainState [S, ...] of the given seeds."""
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    return jax.vmap(ssar.init_state, in_axes=(0, None, None, None))(keys, OBS, ACTION, config)
+
+
+def arrays(tree):
+    """Leaves as NumPy arrays, PRNG keys included."""
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return [np.asarray(raw(x)) for x in jax.tree.leaves(tree)]
+
+
+def same_bits(a, b):
+    """Whether two trees hold the same arrays, bit for bit."""
+    pairs = zip(arrays(a), arrays(b), strict=True)
+    return all(np.array_equal(x, y, equal_nan=True) for x, y in pairs)
