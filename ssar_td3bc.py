@@ -53,6 +53,7 @@ import optax
 
 from common.checkpoint import save_checkpoint
 from common.checks import InputError, check_config
+from common.cli import run
 from common.dataset import (
     cached_labels,
     episode_lengths,
@@ -315,11 +316,10 @@ def select_trusted(data, ends, keys, config):
     else:
         trusted = np.ones(len(rewards), bool)
     if not trusted.any():
+        best = f"whose best return is {episode_returns(rewards, ends).max():.1f}"
         raise InputError(
-            f"selection={config.selection} with return_threshold={config.return_threshold} trusts "
-            f"nothing in {config.dataset}, where the best return is "
-            f"{episode_returns(rewards, ends).max():.1f}: lower --config.return_threshold "
-            "or choose another --config.selection"
+            f"selection={config.selection} trusts nothing in {config.dataset}, {best}: lower "
+            f"--config.return_threshold={config.return_threshold} or choose another selection"
         )
     return np.broadcast_to(trusted, (config.num_seeds, len(rewards)))
 
@@ -596,17 +596,4 @@ def main(config, workdir=None):
 
 
 if __name__ == "__main__":
-    from absl import app, flags, logging
-    from ml_collections import config_flags
-
-    CONFIG = config_flags.DEFINE_config_file("config", "configs/ssar_td3bc.py", "<file>[:<task>]")
-    WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/ssar_td3bc/<task>/<seed>")
-
-    def run(_):
-        logging.set_verbosity(logging.WARNING)
-        try:
-            main(CONFIG.value, WORKDIR.value)
-        except InputError as error:
-            raise SystemExit(f"ssar_td3bc: {error}") from None
-
-    app.run(run)
+    run(main, "ssar_td3bc")

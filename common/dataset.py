@@ -76,7 +76,7 @@ def fit_normalizer(observations: np.ndarray, enabled: bool = True) -> Normalizer
 
 
 def flatten_observations(observations) -> np.ndarray:
-    """Rows of observations as [rows, O]; dictionaries are joined in alphabetical order of their keys."""
+    """Observations as [rows, O]; dictionaries are joined in alphabetical order of their keys."""
     if isinstance(observations, dict):
         parts = [flatten_observations(observations[key]) for key in sorted(observations)]
         return np.concatenate(parts, axis=1)

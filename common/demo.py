@@ -9,13 +9,13 @@ import numpy as np
 DATASET_ID = "ssar-jax/reacher/mixed-v0"
 ENV_ID = "Reacher-v5"
 EPISODES = 600
-# Skill levels: share of the episodes, gain towards the target, joint damping, torque noise.
-# The first knows what it does, the second is timid, the third shaky, the fourth pulls away.
+# Share of the episodes, gain towards the target, joint damping, torque noise. The first policy
+# knows what it does, the second is timid, the third shaky, and the fourth pulls away.
 SKILLS = (
-    (0.2, 8.0, 0.05, 0.05),
-    (0.3, 1.0, 0.01, 0.2),
+    (0.15, 8.0, 0.05, 0.05),
+    (0.15, 1.0, 0.01, 0.2),
     (0.2, 8.0, 0.02, 0.5),
-    (0.3, -2.0, 0.02, 0.3),
+    (0.5, -3.0, 0.02, 0.3),
 )
 LINKS = (0.1, 0.11)  # metres
 
@@ -59,6 +59,9 @@ def demo_dataset_id() -> str:
         algorithm_name="scripted Jacobian-transpose control, four skill levels",
         description="Mixed-quality Reacher episodes for the default run.",
         author="ssar-jax",
+        author_email="none",
+        code_permalink="common/demo.py",
+        eval_env=ENV_ID,
         ref_min_score=-43.0,  # uniformly random torques
         ref_max_score=-4.0,  # the first skill without its noise
     )

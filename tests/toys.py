@@ -50,8 +50,20 @@ class Goal(Walk):
         return {"position": flat[:2], "clock": flat[2:]}
 
 
-gymnasium.register("ssar-test/Walk-v0", "toys:Walk", max_episode_steps=7)
-gymnasium.register("ssar-test/Goal-v0", "toys:Goal", max_episode_steps=7)
+class One(Walk):
+    """Walk with a single action."""
+
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+
+class Wide(Walk):
+    """Walk with larger actions."""
+
+    action_space = gymnasium.spaces.Box(-2, 2, (ACTION,), np.float32)
+
+
+for name in ("Walk", "Goal", "One", "Wide"):
+    gymnasium.register(f"ssar-test/{name}-v0", f"toys:{name}", max_episode_steps=7)
 
 
 def toy_columns(rows=600, seed=0):

@@ -1,0 +1,234 @@
+"""The whole program: outputs, reproducibility, D̂ of each kind, bad input."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from tensorboardX.proto.event_pb2 import Event
+from toys import ACTION, OBS, arrays, same_bits, tiny_config, toy_columns, toy_states, write_hdf5
+
+import ssar_td3bc as ssar
+from common.checkpoint import load_checkpoint
+from common.checks import InputError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_hdf5(tmp_path_factory.mktemp("data") / "toy.hdf5", **toy_columns())
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A finished run of two seeds: its folder and what main returned."""
+    workdir = str(tmp_path_factory.mktemp("runs") / "two")
+    return workdir, ssar.main(tiny_config(data, num_seeds=2), workdir)
+
+
+def rows_of(workdir):
+    with open(os.path.join(workdir, "scores.csv")) as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint_of(workdir, config):
+    like = jax.eval_shape(lambda: toy_states(config, range(config.num_seeds)))
+    normalizer = {"mean": np.zeros(OBS, np.float32), "std": np.zeros(OBS, np.float32)}
+    return load_checkpoint(workdir, {"state": like, "normalizer": normalizer})
+
+
+def test_run_folder_holds_what_was_promised(run):
+    workdir, results = run
+    assert {"config.json", "scores.csv", "results.json", "checkpoint", "tensorboard",
+            "learning_curve.png"} <= set(os.listdir(workdir))  # fmt: skip
+    with open(os.path.join(workdir, "results.json")) as file:
+        assert json.load(file) == results
+    for key in ("behaviour", "last", "mean_last_10", "best", "n", "n_stopped_at", "beta_mean"):
+        assert len(results[key]) == 2, key
+    assert results["normalized"] is False
+    for key in ("trusted_fraction", "updates_per_second", "compile_seconds", "wall_seconds",
+                "warnings", "device", "versions"):  # fmt: skip
+        assert key in results
+    assert results["data"]["transitions"] >= 600
+    with open(os.path.join(workdir, "config.json")) as file:
+        assert json.load(file)["update_period"] == 10
+    with open(os.path.join(workdir, "learning_curve.png"), "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+    rows = rows_of(workdir)
+    assert list(rows[0])[:8] == ["phase", "step", "seed", "score", "return_mean", "return_std",
+                                 "episodes", "success_rate"]  # fmt: skip
+    assert [(row["step"], row["seed"]) for row in rows] == [
+        (str(step), str(seed)) for step in (20, 40, 60) for seed in (0, 1)
+    ]
+    scores = np.array([float(row["score"]) for row in rows]).reshape(3, 2)
+    np.testing.assert_allclose(results["last"], scores[-1])
+    np.testing.assert_allclose(results["best"], scores.max(axis=0))
+    np.testing.assert_allclose(results["mean_last_10"], scores.mean(axis=0))
+
+
+def test_tensorboard_uses_the_authors_tags(run):
+    folder = os.path.join(run[0], "tensorboard", "seed_1")
+    (name,) = os.listdir(folder)
+    with open(os.path.join(folder, name), "rb") as file:
+        content = file.read()
+    tags, position = {}, 0
+    while position < len(content):  # length, its checksum, the event, its checksum
+        length = int.from_bytes(content[position : position + 8], "little")
+        event = Event.FromString(content[position + 12 : position + 12 + length])
+        tags |= {value.tag: value.simple_value for value in event.summary.value}
+        position += 16 + length
+    expected = "beta_min beta_mean beta_max beta_weight constrained_nums n_away offline_q1 "
+    expected += "success_rate eval_regret offline_eval_return"
+    assert set(expected.split()) <= set(tags)
+    last = rows_of(run[0])[-1]
+    assert tags["beta_weight"] == pytest.approx(float(last["margin"]), rel=1e-5)
+    batch = tiny_config().batch_size
+    assert tags["constrained_nums"] == pytest.approx(
+        float(last["constrained_fraction"]) * batch, rel=1e-5
+    )
+
+
+def test_checkpoint_restores_every_bit(run):
+    workdir, results = run
+    config = ssar.ml_collections.FrozenConfigDict(tiny_config(num_seeds=2))
+    saved = checkpoint_of(workdir, config)
+    assert saved["state"].step.tolist() == [60, 60]
+    np.testing.assert_allclose(saved["state"].threshold.n, results["n"])
+    assert saved["normalizer"]["std"].min() >= 1e-3
+    # the restored actor scores as the run's last evaluation did
+    obs = np.zeros((2, 1, OBS), np.float32)
+    assert ssar.act(saved["state"].actor, obs).shape == (2, 1, ACTION)
+
+
+def test_the_same_command_gives_the_same_bits(run, data, tmp_path):
+    workdir, _ = run
+    again = str(tmp_path / "again")
+    ssar.main(tiny_config(data, num_seeds=2), again)
+    assert rows_of(workdir) == rows_of(again)
+    config = ssar.ml_collections.FrozenConfigDict(tiny_config(num_seeds=2))
+    assert same_bits(checkpoint_of(workdir, config), checkpoint_of(again, config))
+
+
+def test_another_seed_gives_another_run(run, data, tmp_path):
+    results = ssar.main(tiny_config(data, seed=1), str(tmp_path / "one"))
+    assert results["seeds"] == [1]
+    pair, single = rows_of(run[0])[1::2], rows_of(str(tmp_path / "one"))
+    for a, b in zip(pair, single, strict=True):  # seed 1 alone is seed 1 of the two
+        assert float(a["critic_loss"]) == pytest.approx(float(b["critic_loss"]), rel=1e-3)
+    assert rows_of(run[0])[0]["critic_loss"] != single[0]["critic_loss"]
+
+
+def test_an_earlier_run_is_set_aside_not_overwritten(data, tmp_path, capsys):
+    workdir = str(tmp_path / "run")
+    ssar.main(tiny_config(data, offline_steps=20), workdir)
+    before = rows_of(workdir)
+    ssar.main(tiny_config(data, offline_steps=20, seed=5), workdir)
+    assert rows_of(workdir + ".1") == before
+    assert rows_of(workdir) != before
+    assert "is now" in capsys.readouterr().err
+
+
+def test_iql_labels_are_cached(data, tmp_path, monkeypatch):
+    settings = {"selection": "iql", "iql_steps": 300, "expectile": 0.6}
+    settings |= {"cache_dir": str(tmp_path / "cache")}
+    config = tiny_config(data, **settings)
+    first = ssar.main(config, str(tmp_path / "a"))
+    assert 0 < first["trusted_fraction"][0] < 1
+    monkeypatch.setattr(ssar, "label_by_iql", lambda *_: pytest.fail("trained again"))
+    second = ssar.main(config, str(tmp_path / "b"))
+    assert second["trusted_fraction"] == first["trusted_fraction"]
+    assert rows_of(str(tmp_path / "a")) == rows_of(str(tmp_path / "b"))
+    for changed in ({"expectile": 0.5}, {"seed": 1}, {"iql_steps": 31}, {"reward_bias": -1.0}):
+        config = tiny_config(data, **(settings | changed))
+        with pytest.raises(pytest.fail.Exception, match="trained again"):
+            ssar.main(config, str(tmp_path / "c"))
+
+
+def test_sparse_rewards_select_by_success(tmp_path):
+    columns = toy_columns()
+    ends = columns["terminals"] | columns["timeouts"]
+    won = np.random.default_rng(0).random(ends.sum()) < 0.3
+    columns["rewards"] = np.zeros(len(ends), np.float32)
+    columns["rewards"][np.flatnonzero(ends)[won]] = 1
+    path = write_hdf5(tmp_path / "sparse.hdf5", **columns)
+    config = tiny_config(path, selection="success", reward_bias=-1.0, loosen_bound=False)
+    results = ssar.main(config, str(tmp_path / "run"))
+    lengths = np.diff(np.flatnonzero(ends), prepend=-1)
+    assert results["trusted_fraction"][0] == pytest.approx(lengths[won].sum() / len(ends))
+
+
+def test_a_thin_sub_dataset_is_a_warning(data, tmp_path):
+    columns = toy_columns(4000)
+    lengths = np.diff(np.flatnonzero(columns["terminals"] | columns["timeouts"]), prepend=-1)
+    columns["rewards"][: lengths[0]] = 100
+    path = write_hdf5(tmp_path / "thin.hdf5", **columns)
+    results = ssar.main(tiny_config(path, return_threshold=99.0), str(tmp_path / "run"))
+    assert "thin sub-dataset" in results["warnings"][0]
+    assert ssar.main(tiny_config(data), str(tmp_path / "healthy"))["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"return_threshold": 1e6}, "selection=return trusts nothing in toy"),
+        ({"env": "Hopper-v4"}, "Hopper-v4 has 11"),
+        ({"dataset_path": "/no/such/file.hdf5"}, "no file /no/such/file.hdf5"),
+        ({"selection": "success", "reward_bias": 99.0}, None),
+        ({"eval_interval": 3, "offline_steps": 3}, "must be a multiple"),
+    ],
+)
+def test_bad_input_stops_before_anything_is_compiled_or_written(
+    data, tmp_path, monkeypatch, overrides, words
+):
+    workdir = tmp_path / "run"
+    if words is None:  # every trajectory ends in the failing reward
+        columns = toy_columns(60)
+        columns["rewards"][:] = 0
+        overrides = {"selection": "success", "reward_bias": 0.0}
+        overrides["dataset_path"] = write_hdf5(tmp_path / "lost.hdf5", **columns)
+        words = "selection=success"
+    monkeypatch.setattr(
+        ssar.train_interval, "lower", lambda *_: pytest.fail("compiled"), raising=False
+    )
+    with pytest.raises(InputError) as error:
+        ssar.main(tiny_config(data, **overrides), str(workdir))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--config.dataset=d4rl:/no/such.hdf5", "--config.env=Hopper-v4"],
+            "no file /no/such.hdf5",
+        ),
+        (["--config=configs/ssar_td3bc.py:hoper-v2"], "unknown task 'hoper-v2'"),
+        (["--config.updat_period=3"], "fields are actor_lr"),
+        (["--config=configs/none.py"], "configs/none.py"),
+        (["--confg=x"], "Unknown command line flag 'confg'"),
+        (["hopper-medium-v2"], "'hopper-medium-v2' is no flag"),
+        (["--config.batch_size=many"], "batch_size"),
+    ],
+)
+def test_command_line_errors_are_one_line(arguments, words, tmp_path):
+    command = [sys.executable, os.path.join(ROOT, "ssar_td3bc.py"), *arguments]
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_arrays_helper_sees_every_leaf(run):
+    config = ssar.ml_collections.FrozenConfigDict(tiny_config())
+    assert len(arrays(toy_states(config, [0]))) == len(jax.tree.leaves(toy_states(config, [0])))
