@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,6 +147,10 @@ def load_dataset(name: str, path: str | None = None, env: str | None = None) -> 
     """
     if path or name.startswith("d4rl:"):
         return _load_hdf5(path or name.removeprefix("d4rl:"), name, env)
+    if re.fullmatch(r"(halfcheetah|hopper|walker2d|antmaze)-[a-z-]+-v\d", name):
+        raise InputError(
+            f"{name} is a D4RL task: give its HDF5 file with --config.dataset_path=<file>"
+        )
     if name == "demo":
         from common.demo import demo_dataset_id
 
