@@ -4,8 +4,8 @@
 
 For ssar_td3bc at the paper's sizes (batch 256, 17 observations, 6 actions): seconds to compile,
 updates a second, the float32 matmul rate of the same process, the useful arithmetic as a share of
-it, and the cost of more seeds. Everything is timed in turns, so that a machine whose speed drifts slows all alike;
-medians are reported. Compare ratios, not seconds.
+it, and the cost of more seeds. Everything is timed in turns, so that a machine whose speed drifts
+slows all alike; medians are reported. Compare ratios, not seconds.
 """
 
 import argparse

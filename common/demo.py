@@ -10,9 +10,9 @@ DATASET_ID = "ssar-jax/reacher/mixed-v0"
 ENV_ID = "Reacher-v5"
 EPISODES = 600
 # Share of the episodes, gain towards the target, joint damping, torque noise. The first policy
-# knows what it does, the second is timid, the third shaky, and the fourth pulls away.
+# knows its way, the second is timid, the third shaky, and the fourth pulls away.
 SKILLS = (
-    (0.15, 8.0, 0.05, 0.05),
+    (0.15, 8.0, 0.05, 0.2),
     (0.15, 1.0, 0.01, 0.2),
     (0.2, 8.0, 0.02, 0.5),
     (0.5, -3.0, 0.02, 0.3),

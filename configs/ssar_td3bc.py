@@ -99,6 +99,6 @@ def get_config(task="demo"):
     else:
         c.offline_steps, c.eval_interval, c.eval_episodes = 20_000, 1_000, 20
         c.hidden_dims, c.coefficient_hidden_dims = (128, 128), (128, 128, 128)
-        c.return_threshold = -10.0
-        c.update_period, c.coefficient_lr = 1_000, 3e-6
+        c.return_threshold = -12.0
+        c.update_period, c.coefficient_lr = 1_000, 6e-6
     return c
