@@ -4,29 +4,29 @@ TD3+BC weighs improvement against cloning the data with one constant. SSAR learn
 state: a network β_φ(s) that falls where the data's actions are likely under the policy and rises
 where they are not, shaped only by the part D̂ of the data that can be trusted.
 
-    D̂ ⊂ D: trajectories of return > G_T, or successful ones, or rows of IQL advantage ≥ 0 (Sec. 3.3)
+    D̂ ⊂ D: trajectories of return > G_T, or successful ones, or rows of IQL advantage ≥ 0
     every update, on a batch (s, a, r, s', d) of D:
         a' = clip(π_target(s') + clip(noise, -c, c), -1, 1)
         y  = r + γ (1 - d) min_i Q_target_i(s', a')
         Q_i: Adam on mean (Q_i(s, a) - y)²
         every policy_freq updates:
-            π: Adam on -mean Q_1(s, π(s)) / mean |Q_1| + mean β_φ(s) (π(s) - a)²      (Eq. 3, 4)
+            π: Adam on -mean Q_1(s, π(s)) / mean |Q_1| + mean β_φ(s) (π(s) - a)²
             margin = (σn)² - mean_dims min((π(s) - a)², 1), for log π(a|s) - C_n(s)      (Eq. 6)
             β_φ: Adam on mean margin · β_φ(s) over D̂                                  (Eq. 5, 9)
             every T_inc updates: n += (n_end - n_start) / 10,
                 until the mean margin over D̂ is > 0 once; n never moves again          (Sec. 3.2)
             targets: 0.005 new + 0.995 old
 
-    symbol    config field      authors' name    meaning
-    β_φ       coefficient       ParaNet, beta    adaptive: a network; fixed: β_init, plain TD3+BC
-    β_init    coefficient_init  1 / alpha        β_φ lies in (0, 1.5 β_init) and starts near β_init
-    n         n_start, n_end    n_away           how many σ the threshold C_n lies from π(s); grows
-    T_inc     update_period     update_period    updates between two tests of the threshold
-    σ         expl_noise        expl_noise       width of the Gaussian that π is read as
-    D̂         selection         trusts           none (all of D) | return | success | iql
-    G_T       return_threshold  ref_return       return above which a trajectory is trusted
-              select_actions    select_actions   only D̂ shapes β_φ and the threshold
-              loosen_bound      loosen_bound     only D̂ is cloned
+    symbol  config field      authors' name    in        meaning
+    β_φ     coefficient       ParaNet, beta    Eq. 5, 9  adaptive: a network; fixed: plain TD3+BC
+    β_init  coefficient_init  1 / alpha                  β_φ starts there, stays in (0, 1.5 β_init)
+    n       n_start, n_end    n_away           Eq. 6     how many σ C_n lies from π(s); it grows
+    T_inc   update_period     update_period    Sec. 3.2  updates between two tests of the threshold
+    σ       expl_noise        expl_noise       Eq. 6     width of the Gaussian that π is read as
+    D̂       selection         trusts           Eq. 9     none (all of D) | return | success | iql
+    G_T     return_threshold  ref_return                 return above which a trajectory is trusted
+            select_actions    select_actions   Eq. 9     only D̂ shapes β_φ and the threshold
+            loosen_bound      loosen_bound               only D̂ is cloned
 
 Where paper and authors' code differ, the code is followed, for it made the published numbers: β_φ
 multiplies the cloning term and the Q term is normalised by its mean size alone; D̂ masks the β_φ
@@ -341,7 +341,7 @@ def critic_loss(params, state, batch, noise, config):
 
 
 def actor_loss(params, state, batch, weight, config):
-    """Normalised Q plus the cloning error, the latter weighted by `weight` [B] (Eq. 3, 4)."""
+    """Normalised Q plus the cloning error, the latter weighted by `weight` [B]."""
     action = actor(params, batch.obs)
     q = critic(jax.tree.map(lambda x: x[0], state.critic), batch.obs, action)  # [B]
     squared_error = jnp.square(action - batch.action)  # [B, A]
