@@ -52,7 +52,7 @@ import numpy as np
 import optax
 
 from common.checkpoint import save_checkpoint
-from common.checks import InputError, check_config
+from common.checks import InputError, check_config, check_workdir
 from common.cli import run
 from common.dataset import (
     cached_labels,
@@ -566,7 +566,9 @@ def main(config, workdir=None):
     """
     started = time.perf_counter()
     config = ml_collections.FrozenConfigDict(config)
+    workdir = workdir or f"runs/ssar_td3bc/{config.task}/{config.seed}"
     check_config(config)
+    check_workdir(workdir)
     dataset = load_dataset(config.dataset, config.dataset_path, config.env)
     evaluate = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
 

@@ -1,5 +1,7 @@
 """Settings that cannot work, caught before anything is compiled or written."""
 
+import os
+
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is one sentence: what, where, and the mend."""
@@ -10,41 +12,62 @@ CHOICES = {
     "selection": ("none", "return", "success", "iql"),
     "anneal": ("linear", "cosine", "none"),
 }
-COUNTS = (
-    "num_seeds",
-    "offline_steps",
-    "eval_interval",
-    "eval_episodes",
-    "batch_size",
-    "policy_freq",
-)
-COUNTS += ("update_period", "iql_steps")
+AT_LEAST_ONE = """num_seeds offline_steps eval_interval eval_episodes batch_size policy_freq
+    update_period iql_steps""".split()
+RANGES = {
+    "discount": (0, 1),
+    "target_update_rate": (0, 1),
+    "expectile": (0, 1),
+    "actor_lr": (0, 1),
+    "critic_lr": (0, 1),
+    "coefficient_lr": (0, 1),
+    "coefficient_init": (0, float("inf")),
+    "policy_noise": (0, float("inf")),
+    "noise_clip": (0, float("inf")),
+    "expl_noise": (0, float("inf")),
+    "n_start": (0, float("inf")),
+    "reward_scale": (-float("inf"), float("inf")),
+    "reward_bias": (-float("inf"), float("inf")),
+}
+WIDTHS = ("hidden_dims", "coefficient_hidden_dims")
 MULTIPLES = (("eval_interval", "policy_freq"), ("offline_steps", "eval_interval"))
 
 
 def check_config(config) -> None:
     """Raises InputError, naming the field and the mend, for values that cannot work."""
+
+    def refuse(field, why):
+        raise InputError(f"--config.{field}={config[field]} {why}")
+
     for field, known in CHOICES.items():
         if config[field] not in known:
-            raise InputError(
-                f"--config.{field}={config[field]} is unknown: choose one of {', '.join(known)}"
-            )
-    for field in COUNTS:
+            refuse(field, f"is unknown: choose one of {', '.join(known)}")
+    for field in AT_LEAST_ONE:
         if field in config and config[field] < 1:
-            raise InputError(f"--config.{field}={config[field]} must be at least 1")
+            refuse(field, "must be at least 1")
+    for field, (low, high) in RANGES.items():
+        if field in config and not (low <= config[field] <= high and abs(config[field]) < 1e30):
+            refuse(field, f"must lie between {low} and {high}")
+    for field in WIDTHS:
+        if not config[field] or min(config[field]) < 1:
+            refuse(field, "must be layer widths such as (256,256)")
     for field, divisor in MULTIPLES:
         if divisor in config and config[field] % config[divisor]:
-            raise InputError(
-                f"--config.{field}={config[field]} must be a multiple "
-                f"of --config.{divisor}={config[divisor]}"
-            )
-    if config.selection == "return" and config.return_threshold is None:
-        raise InputError(
-            "selection=return needs --config.return_threshold=<G_T>, a return to exceed"
-        )
-    if not 0 < config.expectile < 1:
-        raise InputError(f"--config.expectile={config.expectile} must lie between 0 and 1")
-    if not 0 < config.n_start <= config.n_end:
-        raise InputError(
-            f"--config.n_start={config.n_start} must be positive and at most n_end={config.n_end}"
-        )
+            refuse(field, f"must be a multiple of --config.{divisor}={config[divisor]}")
+    if not 0 <= config.seed < 2**31 - config.num_seeds:
+        refuse("seed", "must be at least 0 and below 2^31")
+    if not config.n_start <= config.n_end < float("inf"):
+        refuse("n_start", f"must be at most --config.n_end={config.n_end}")
+    if config.selection == "return" and not isinstance(config.return_threshold, float):
+        refuse("return_threshold", "is no return to exceed: give G_T, or another selection")
+
+
+def check_workdir(workdir: str) -> None:
+    """Raises InputError when no run folder can be made at that path."""
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise InputError(f"--workdir={workdir} is a file: choose another folder")
+    parent = os.path.abspath(workdir)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not (os.path.isdir(parent) and os.access(parent, os.W_OK)):
+        raise InputError(f"--workdir={workdir} cannot be made in {parent}: choose another folder")

@@ -139,12 +139,17 @@ def best_episodes(rewards: np.ndarray, ends: np.ndarray, count: int) -> np.ndarr
 # --------------------------------------------------------------------------------------- loading
 
 
-def load_dataset(name: str, path: str | None = None, env: str | None = None) -> Dataset:
+def load_dataset(name: str | None, path: str | None = None, env: str | None = None) -> Dataset:
     """Loads `demo`, a D4RL task name, `d4rl:<HDF5 file>` or a local Minari id.
 
     `path` reads that HDF5 file whatever the name; `env` replaces the Gymnasium id that the name or
     the data's metadata gives. Raises InputError when the data cannot be used.
     """
+    name = name or path
+    if not name:
+        raise InputError(
+            "no data set: give --config.dataset=d4rl:<HDF5 file> or =<local Minari id>"
+        )
     if path or name.startswith("d4rl:"):
         return _load_hdf5(path or name.removeprefix("d4rl:"), name, env)
     if re.fullmatch(r"(halfcheetah|hopper|walker2d|antmaze)-[a-z-]+-v\d", name):
@@ -160,7 +165,7 @@ def load_dataset(name: str, path: str | None = None, env: str | None = None) -> 
 
 def _load_hdf5(path: str, name: str, env: str | None) -> Dataset:
     path = os.path.expanduser(path)
-    task = os.path.basename(path if name.startswith("d4rl:") else name).lower()
+    task = os.path.basename(name.removeprefix("d4rl:")).lower()
     known = [env_id for prefix, env_id in D4RL_ENVIRONMENTS.items() if task.startswith(prefix)]
     spec = _env_spec(env or (known[0] if known else None), path)
     if not os.path.isfile(path):

@@ -39,9 +39,7 @@ class RunLog:
     """Writes one run; results.json marks it as finished."""
 
     def __init__(self, algorithm, workdir, config, dataset, trusted, data_fingerprint):
-        self.workdir = workdir or os.path.join(
-            "runs", algorithm, config.task.replace("/", "-"), str(config.seed)
-        )
+        self.workdir = workdir
         self.algorithm, self.config, self.dataset = algorithm, config, dataset
         self.seeds = [config.seed + i for i in range(config.num_seeds)]
         self.trusted_fraction = trusted.mean(axis=1)
@@ -145,7 +143,7 @@ class RunLog:
             "versions": {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in PACKAGES},
             "data": {
-                "name": self.config.dataset,
+                "name": self.config.dataset or self.config.dataset_path,
                 "source": os.path.basename(self.dataset.source),
                 "env": self.dataset.env.id,
                 "transitions": len(self.dataset.rewards),

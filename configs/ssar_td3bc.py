@@ -27,7 +27,7 @@ ANTMAZE = {
     "antmaze-large-play-v2": (5.0, 5.0),
     "antmaze-large-diverse-v2": (5.0, 5.0),
 }
-TASKS = ("demo", *MUJOCO, *ANTMAZE)
+TASKS = ("demo", "custom", *MUJOCO, *ANTMAZE)  # custom: your own data, the paper's sizes
 
 
 def get_config(task="demo"):
@@ -40,7 +40,9 @@ def get_config(task="demo"):
     c.task = task
     c.seed = 0
     c.num_seeds = 1  # seeds seed, seed + 1, ... train together in one program
-    c.dataset = task  # demo | <D4RL task> | d4rl:<HDF5 file> | <local Minari id>
+    c.dataset = config_dict.placeholder(
+        str
+    )  # demo | <D4RL task> | d4rl:<HDF5 file> | <local Minari id>
     c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
     c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one the data names
     c.normalize_observations = True
@@ -73,7 +75,7 @@ def get_config(task="demo"):
     c.expl_noise = 0.1
 
     # the trusted sub-dataset D^
-    c.selection = "return"  # none | return | success | iql
+    c.selection = "iql"  # none | return | success | iql
     c.return_threshold = config_dict.placeholder(float)
     c.expectile = 0.7
     c.iql_steps = 1_000_000
@@ -84,6 +86,9 @@ def get_config(task="demo"):
     c.anneal = "linear"  # linear | cosine | none
     c.decay_steps = 400_000
 
+    if task == "custom":
+        return c
+    c.dataset = task
     if task in MUJOCO:
         c.n_end, c.selection, value, c.loosen_bound = MUJOCO[task]
         if c.selection == "return":
@@ -99,6 +104,6 @@ def get_config(task="demo"):
     else:
         c.offline_steps, c.eval_interval, c.eval_episodes = 20_000, 1_000, 20
         c.hidden_dims, c.coefficient_hidden_dims = (128, 128), (128, 128, 128)
-        c.return_threshold = -12.0
+        c.selection, c.return_threshold = "return", -12.0
         c.update_period, c.coefficient_lr = 1_000, 6e-6
     return c

@@ -58,7 +58,7 @@ def test_tasks_are_the_authors(row):
 
 
 def test_every_task_is_in_the_table():
-    assert set(TASKS) == {"demo", *(row[0] for row in ROWS)}
+    assert set(TASKS) == {"demo", "custom", *(row[0] for row in ROWS)}
 
 
 def test_unknown_task_names_the_known_ones():
@@ -81,9 +81,15 @@ def test_unknown_task_names_the_known_ones():
         ({"offline_steps": 50}, "offline_steps=50 must be a multiple of --config.eval_interval=20"),
         ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),
         ({"update_period": 0}, "update_period=0 must be at least 1"),
-        ({"expectile": 1.0}, "expectile=1.0 must lie between 0 and 1"),
-        ({"n_start": 4.0}, "n_start=4.0 must be positive and at most n_end=3.0"),
-        ({"return_threshold": None}, "needs --config.return_threshold"),
+        ({"expectile": 1.5}, "expectile=1.5 must lie between 0 and 1"),
+        ({"discount": float("nan")}, "discount=nan must lie between 0 and 1"),
+        ({"critic_lr": -1e-3}, "critic_lr=-0.001 must lie between 0 and 1"),
+        ({"reward_scale": float("inf")}, "reward_scale=inf must lie between"),
+        ({"hidden_dims": ()}, "hidden_dims=() must be layer widths"),
+        ({"coefficient_hidden_dims": (16, 0)}, "coefficient_hidden_dims=(16, 0) must be"),
+        ({"n_start": 4.0}, "n_start=4.0 must be at most --config.n_end=3.0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"return_threshold": None}, "return_threshold=None is no return to exceed"),
     ],
 )
 def test_impossible_settings_are_named(overrides, words):

@@ -315,6 +315,7 @@ def test_bad_sources_are_named(tmp_path):
         (("toy", good, "Hoper-v4"), ["unknown environment 'Hoper-v4'", "--config.env="]),
         (("mujoco/none-v0",), ["no local Minari data set 'mujoco/none-v0'", "minari download"]),
         (("hopper-medium-v2",), ["hopper-medium-v2 is a D4RL task", "--config.dataset_path="]),
+        ((None,), ["no data set", "--config.dataset="]),
         (("not an id",), ["no local Minari data set 'not an id'"]),
     ]
     for arguments, words in cases:

@@ -110,6 +110,7 @@ def tiny_config(path=None, **overrides):
         batch_size=32,
         hidden_dims=(16, 16),
         coefficient_hidden_dims=(16, 16, 16),
+        selection="return",
         return_threshold=-20.0,
         update_period=10,
         coefficient_lr=1e-3,
