@@ -27,6 +27,8 @@ where they are not, shaped only by the part D̂ of the data that can be trusted.
     G_T     return_threshold  ref_return                 return above which a trajectory is trusted
             select_actions    select_actions   Eq. 9     only D̂ shapes β_φ and the threshold
             loosen_bound      loosen_bound               only D̂ is cloned
+            expectile         iql_tau                    the IQL's expectile, for selection = iql
+    c, γ    noise_clip, discount                         TD3's; N_end is decay_steps
 
 Where paper and authors' code differ, the code is followed, for it made the published numbers: β_φ
 multiplies the cloning term and the Q term is normalised by its mean size alone; D̂ masks the β_φ
@@ -288,26 +290,30 @@ def select_by_advantage(state, data):
 
 
 def label_by_iql(keys, data, config):
-    """Trains one IQL a seed for `iql_steps` updates and selects by its advantage."""
-    keys = jax.vmap(partial(jax.random.fold_in, data=1))(keys)  # training starts from `keys`
+    """Trains one IQL a seed for `iql_steps` updates and selects by its advantage. bool [S, N]."""
+    # Training splits the same keys: a tag that no split reaches keeps the two apart.
+    keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(keys)
     state = jax.vmap(iql_init, in_axes=(0, None, None))(
         keys, data.obs.shape[1], data.action.shape[1]
     )
     with progress(config.iql_steps, "iql") as bar:
         while bar.n < config.iql_steps:
-            num_updates = min(config.eval_interval, config.iql_steps - bar.n)
+            num_updates = min(5_000, config.iql_steps - bar.n)
             state, info = iql_interval(state, data, config, num_updates)
             bar.set_postfix({name: f"{value.mean():.3g}" for name, value in info.items()})
             bar.update(num_updates)
     return np.asarray(select_by_advantage(state, data))
 
 
-def select_trusted(data, ends, keys, config):
+def select_trusted(data, ends, keys, data_fingerprint, config):
     """D̂ as `config.selection` builds it: bool [S, N]. Raises InputError when it is empty."""
     rewards = np.asarray(data.reward)
-    if config.selection == "iql":
-        name = [fingerprint(data), "tau", config.expectile, "seed", config.seed, config.num_seeds]
-        name += ["updates", config.iql_steps, config.batch_size, config.discount]
+    if config.coefficient == "fixed":
+        trusted = np.ones(len(rewards), bool)  # plain TD3+BC regularises everywhere
+    elif config.selection == "iql":
+        name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
+        name += ["updates", config.iql_steps, config.batch_size]
+        name += ["rates", config.discount, config.target_update_rate]
         trusted = cached_labels(config.cache_dir, name, lambda: label_by_iql(keys, data, config))
     elif config.selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
@@ -315,11 +321,16 @@ def select_trusted(data, ends, keys, config):
         trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)
     else:
         trusted = np.ones(len(rewards), bool)
-    if not trusted.any():
-        best = f"whose best return is {episode_returns(rewards, ends).max():.1f}"
+    if not trusted.any(axis=-1).all():
+        best, bound = episode_returns(rewards, ends).max(), config.return_threshold
+        mend = {
+            "return": f"lower --config.return_threshold={bound} below the best return, {best:.1f}",
+            "success": f"no episode ends in another reward than {config.reward_bias}",
+            "iql": "lower --config.expectile or raise --config.iql_steps",
+        }
         raise InputError(
-            f"selection={config.selection} trusts nothing in {config.dataset}, {best}: lower "
-            f"--config.return_threshold={config.return_threshold} or choose another selection"
+            f"selection={config.selection} trusts nothing in {config.dataset}: "
+            f"{mend[config.selection]}, or choose another --config.selection"
         )
     return np.broadcast_to(trusted, (config.num_seeds, len(rewards)))
 
@@ -562,7 +573,8 @@ def load_data(dataset, config):
 def main(config, workdir=None):
     """Trains and evaluates `num_seeds` seeds, writes the run folder and returns its results.json.
 
-    Raises InputError, before anything is compiled or written, when settings or data cannot be used.
+    Raises InputError when settings or data cannot be used: before anything is compiled or written,
+    but for an IQL that trusts no row, which shows when it is trained.
     """
     started = time.perf_counter()
     config = ml_collections.FrozenConfigDict(config)
@@ -575,8 +587,9 @@ def main(config, workdir=None):
     # --- the data, and the part of it that β_φ may trust ---
     data, normalizer = load_data(dataset, config)
     keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.num_seeds)])
-    trusted = select_trusted(data, dataset.episode_ends, keys, config)
-    log = RunLog("ssar_td3bc", workdir, config, dataset, trusted, fingerprint(data))
+    data_fingerprint = fingerprint(data)
+    trusted = select_trusted(data, dataset.episode_ends, keys, data_fingerprint, config)
+    log = RunLog("ssar_td3bc", workdir, config, dataset, trusted, data_fingerprint)
     data = data._replace(trusted=jnp.asarray(trusted, jnp.float32))
 
     # --- offline: compiled intervals, an evaluation after each ---

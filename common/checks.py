@@ -58,7 +58,8 @@ def check_config(config) -> None:
         refuse("seed", "must be at least 0 and below 2^31")
     if not config.n_start <= config.n_end < float("inf"):
         refuse("n_start", f"must be at most --config.n_end={config.n_end}")
-    if config.selection == "return" and not isinstance(config.return_threshold, float):
+    by_return = config.coefficient == "adaptive" and config.selection == "return"
+    if by_return and not isinstance(config.return_threshold, float):
         refuse("return_threshold", "is no return to exceed: give G_T, or another selection")
 
 
@@ -66,6 +67,9 @@ def check_workdir(workdir: str) -> None:
     """Raises InputError when no run folder can be made at that path."""
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise InputError(f"--workdir={workdir} is a file: choose another folder")
+    if os.path.isdir(workdir) and os.listdir(workdir):
+        if not os.path.exists(os.path.join(workdir, "config.json")):
+            raise InputError(f"--workdir={workdir} holds files of no run: choose another folder")
     parent = os.path.abspath(workdir)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)

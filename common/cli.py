@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -31,6 +32,8 @@ def run(main, name: str) -> None:
 
         def start(_):
             logging.set_verbosity(logging.WARNING)
+            # TF32 and bfloat16 products, an accelerator's default, are too coarse for β_φ's steps.
+            jax.config.update("jax_default_matmul_precision", "float32")
             main(config.value, workdir.value)
 
         app.run(start, flags_parser=parse)

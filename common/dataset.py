@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,10 +15,11 @@ import gymnasium
 import h5py
 import minari
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from common.checks import InputError
 
-# The Gymnasium task that a D4RL file name stands for. v4 is bit-identical in rewards to the data's.
+# The Gymnasium task that a D4RL file's name stands for: the data's rewards, in newer physics.
 D4RL_ENVIRONMENTS = {
     "halfcheetah": "HalfCheetah-v4",
     "hopper": "Hopper-v4",
@@ -23,9 +27,10 @@ D4RL_ENVIRONMENTS = {
 }
 # D4RL's random and expert returns: score = 100 (return - random) / (expert - random).
 D4RL_REFERENCES = {
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Hopper": (-20.272305, 3234.3),
-    "Walker2d": (1.629008, 4592.3),
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0),
 }
 
 
@@ -39,7 +44,7 @@ class Dataset:
     next_observations: np.ndarray  # float32 [N, O], true successors
     terminals: np.ndarray  # bool [N], the task ended here (never a time limit)
     episode_ends: np.ndarray  # bool [N], the last row of its episode
-    env: gymnasium.envs.registration.EnvSpec
+    env: EnvSpec
     reference: tuple[float, float] | None  # (random, expert) return; None: scores are raw returns
     source: str  # for messages
 
@@ -147,9 +152,9 @@ def load_dataset(name: str | None, path: str | None = None, env: str | None = No
     """
     name = name or path
     if not name:
-        raise InputError(
-            "no data set: give --config.dataset=d4rl:<HDF5 file> or =<local Minari id>"
-        )
+        raise InputError("no data set: give --config.dataset=<local Minari id> or =d4rl:<file>")
+    if env:
+        _env_spec(env, name)
     if path or name.startswith("d4rl:"):
         return _load_hdf5(path or name.removeprefix("d4rl:"), name, env)
     if re.fullmatch(r"(halfcheetah|hopper|walker2d|antmaze)-[a-z-]+-v\d", name):
@@ -165,9 +170,6 @@ def load_dataset(name: str | None, path: str | None = None, env: str | None = No
 
 def _load_hdf5(path: str, name: str, env: str | None) -> Dataset:
     path = os.path.expanduser(path)
-    task = os.path.basename(name.removeprefix("d4rl:")).lower()
-    known = [env_id for prefix, env_id in D4RL_ENVIRONMENTS.items() if task.startswith(prefix)]
-    spec = _env_spec(env or (known[0] if known else None), path)
     if not os.path.isfile(path):
         raise InputError(
             f"no file {path}: give the data set's HDF5 file with --config.dataset_path=<file> "
@@ -179,33 +181,25 @@ def _load_hdf5(path: str, name: str, env: str | None) -> Dataset:
         raise InputError(
             f"{path} is not a readable HDF5 file ({error}): download it again"
         ) from None
+    needed = ("observations", "actions", "rewards", "terminals")
     with file:
-        missing = [k for k in ("observations", "actions", "rewards", "terminals") if k not in file]
+        missing = [key for key in needed if key not in file]
         if missing:
             raise InputError(
                 f"{path} has no key '{missing[0]}', only {', '.join(sorted(file)) or 'nothing'}: "
                 "a D4RL file needs observations, actions, rewards and terminals"
             )
         columns = {
-            key: file[key][()]
-            for key in (
-                "observations",
-                "actions",
-                "rewards",
-                "terminals",
-                "timeouts",
-                "next_observations",
-            )
-            if key in file
+            key: file[key][()] for key in (*needed, "timeouts", "next_observations") if key in file
         }
-    rows = len(columns["observations"])
-    for key, column in columns.items():
-        if len(column) != rows:
-            raise InputError(
-                f"{path}: '{key}' has {len(column)} rows but 'observations' has {rows}: "
-                "every key needs one row a transition"
-            )
-    return _from_columns(path, spec, _d4rl_reference(spec), **columns)
+        metadata = dict(file.attrs)
+    task = os.path.basename(name.removeprefix("d4rl:")).lower().replace("_", "-")
+    known = [env_id for prefix, env_id in D4RL_ENVIRONMENTS.items() if task.startswith(prefix)]
+    spec = _env_spec(env or metadata.get("env_id") or (known[0] if known else None), path)
+    if spec.id == metadata.get("env_id"):
+        spec.kwargs |= json.loads(metadata.get("env_kwargs", "{}"))
+    reference = _stored_reference(metadata) or D4RL_REFERENCES.get(task.split("-")[0])
+    return _from_columns(path, spec, reference or D4RL_REFERENCES.get(spec.name.lower()), **columns)
 
 
 def _load_minari(dataset_id: str, env: str | None) -> Dataset:
@@ -217,11 +211,14 @@ def _load_minari(dataset_id: str, env: str | None) -> Dataset:
             f"`minari list local` shows what there is, `minari download {dataset_id}` fetches it; "
             "D4RL files are named --config.dataset=d4rl:<file>"
         ) from None
-    spec = _env_spec(env, dataset_id) if env else stored.env_spec
     metadata = stored.storage.metadata
-    reference = None
-    if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
-        reference = (float(metadata["ref_min_score"]), float(metadata["ref_max_score"]))
+    if env:
+        spec = _env_spec(env, dataset_id)
+    elif metadata.get("eval_env_spec"):
+        spec = EnvSpec.from_json(metadata["eval_env_spec"])
+    else:
+        spec = stored.env_spec or _env_spec(None, dataset_id)
+    reference = _stored_reference(metadata) or D4RL_REFERENCES.get(spec.name.lower())
     parts = {
         k: []
         for k in (
@@ -243,7 +240,7 @@ def _load_minari(dataset_id: str, env: str | None) -> Dataset:
         # An episode cut short in the recording ends all the same.
         parts["timeouts"].append(np.r_[episode.truncations[:-1], not episode.terminations[-1]])
     columns = {key: np.concatenate(part) for key, part in parts.items()}
-    return _from_columns(dataset_id, spec, reference or _d4rl_reference(spec), **columns)
+    return _from_columns(dataset_id, spec, reference, **columns)
 
 
 def _from_columns(
@@ -258,23 +255,23 @@ def _from_columns(
     timeouts=None,
     next_observations=None,
 ) -> Dataset:
-    _check_columns(source, observations, actions, rewards, next_observations)
-    terminals = terminals.astype(bool).reshape(-1)
-    timeouts = np.zeros_like(terminals) if timeouts is None else timeouts.astype(bool).reshape(-1)
-    keep = slice(None)
-    if next_observations is None:
-        # A row's successor is the next row, unless the episode was cut there: then it is unknown.
+    _check_columns(source, observations, actions, rewards, terminals, next_observations)
+    terminals = terminals.astype(bool)
+    timeouts = np.zeros_like(terminals) if timeouts is None else timeouts.astype(bool)
+    known = next_observations is not None
+    if not known:  # a row's successor is the next row, where its episode goes on
         next_observations = np.concatenate([observations[1:], observations[-1:]])
-        timeouts[-1] |= not terminals[-1]
-        keep = np.flatnonzero(~timeouts | terminals)
     ends = find_episode_ends(
         observations, next_observations, terminals, timeouts, spec.max_episode_steps
     )
+    keep = slice(None) if known else np.flatnonzero(~ends | terminals)
     episode = np.cumsum(np.r_[0, ends[:-1]])[keep]
+    if not len(episode):
+        raise InputError(f"{source} holds no transition whose successor is known: record episodes")
     return Dataset(
         observations=observations[keep].astype(np.float32),
         actions=actions[keep].astype(np.float32),
-        rewards=rewards.reshape(-1)[keep].astype(np.float32),
+        rewards=rewards[keep].astype(np.float32),
         next_observations=next_observations[keep].astype(np.float32),
         terminals=terminals[keep],
         episode_ends=np.r_[episode[1:] != episode[:-1], True],
@@ -284,34 +281,46 @@ def _from_columns(
     )
 
 
-def _env_spec(env: str | None, source: str):
+def _env_spec(env: str | None, source: str) -> EnvSpec:
     if env is None:
         raise InputError(
             f"{source} does not name its environment: give the Gymnasium id with --config.env=<id>"
         )
     try:
-        return gymnasium.spec(env)
+        return copy.deepcopy(gymnasium.spec(env))
     except gymnasium.error.Error as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(
-            f"unknown environment '{env}' ({reason}): give a Gymnasium id with --config.env=<id>"
+            f"unknown environment '{env}' ({reason}): give a Gymnasium id with --config.env=<id>, "
+            "and install the package that registers it"
         ) from None
 
 
-def _d4rl_reference(spec) -> tuple[float, float] | None:
-    return D4RL_REFERENCES.get(spec.name)
+def _stored_reference(metadata) -> tuple[float, float] | None:
+    """(random, expert) return from a file's own metadata."""
+    if metadata.get("ref_min_score") is None or metadata.get("ref_max_score") is None:
+        return None
+    return float(metadata["ref_min_score"]), float(metadata["ref_max_score"])
 
 
-def _check_columns(source, observations, actions, rewards, next_observations) -> None:
+def _check_columns(source, observations, actions, rewards, terminals, next_observations) -> None:
     columns = {"observations": observations, "next_observations": next_observations}
-    columns |= {"actions": actions, "rewards": rewards}
+    columns |= {"actions": actions, "rewards": rewards, "terminals": terminals}
+    columns = {key: column for key, column in columns.items() if column is not None}
     for key, column in columns.items():
-        if column is None:
-            continue
-        if column.ndim != 2 and key != "rewards":
+        axes = 1 if key in ("rewards", "terminals") else 2
+        if column.ndim != axes or column.dtype.kind not in "biuf":
             raise InputError(
-                f"{source}: '{key}' has shape {column.shape}: it needs two axes, rows by dimensions"
+                f"{source}: '{key}' has type {column.dtype} and shape {column.shape}: it needs "
+                f"numbers, {'one a row' if axes == 1 else 'rows by dimensions'}"
             )
+        if len(column) != len(observations):
+            raise InputError(
+                f"{source}: '{key}' has {len(column)} rows but 'observations' has "
+                f"{len(observations)}: every key needs one row a transition"
+            )
+        if not column.size:
+            raise InputError(f"{source}: '{key}' is empty: the data needs at least one transition")
         bad = ~np.isfinite(column.reshape(len(column), -1)).all(axis=1)
         if bad.any():
             raise InputError(
@@ -337,8 +346,11 @@ def cached_labels(cache_dir: str, name: list, make) -> np.ndarray:
     except (OSError, ValueError, EOFError):
         pass  # not there, or broken: made again
     labels = make()
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.{os.getpid()}", "wb") as file:
-        np.save(file, labels)
-    os.replace(file.name, path)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.{os.getpid()}", "wb") as file:
+            np.save(file, labels)
+        os.replace(file.name, path)
+    except OSError as error:
+        print(f"warning: labels are not kept in {cache_dir} ({error.strerror})", file=sys.stderr)
     return labels

@@ -45,6 +45,11 @@ class Evaluator:
                 f"cannot make environment {dataset.env.id} ({error}): install what it needs"
             ) from None
         action_space = self.envs.single_action_space
+        if not isinstance(action_space, gymnasium.spaces.Box):
+            raise InputError(
+                f"{dataset.env.id} takes actions of {action_space}, not a box in [-1, 1]: "
+                "name an environment of continuous actions with --config.env=<id>"
+            )
         spaces = {"observations": self.envs.single_observation_space, "actions": action_space}
         for key, space in spaces.items():
             width, expected = getattr(dataset, key).shape[1], gymnasium.spaces.flatdim(space)

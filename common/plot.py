@@ -1,11 +1,8 @@
 """The picture of a run."""
 
-import os
-
-os.environ.setdefault("MPLBACKEND", "Agg")  # before pyplot: no screen is needed
-
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # no pyplot: the caller's backend stays as it is
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c4561a", "#6b6b6b"
 
@@ -31,8 +28,9 @@ def plot_run(path: str, history: list[dict], results: dict, config) -> None:
         "legend.frameon": False,
         "legend.fontsize": 8,
     }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), sharex=True, layout="constrained")
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9, 5.6), layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True)
         (score, beta), (width, margin) = axes
         figure.suptitle(
             f"{results['algorithm']} · {results['task']} · {config.coefficient} β", fontsize=11
@@ -66,7 +64,7 @@ def plot_run(path: str, history: list[dict], results: dict, config) -> None:
         width.set_title("threshold width n")
         width.legend(loc="best")
 
-        curves(margin, "trusted_margin", ORANGE, "trusted rows")
+        curves(margin, "trusted_margin", ORANGE, "rows that the threshold tests")
         curves(margin, "margin", GREY, "all rows")
         margin.axhline(0, color="black", lw=0.6)
         margin.set_title("margin  log π(a|s) − C$_n$(s)")
@@ -76,4 +74,3 @@ def plot_run(path: str, history: list[dict], results: dict, config) -> None:
             axis.set_xlabel("updates (thousands)")
             axis.set_xlim(0, steps[-1])
         figure.savefig(path, dpi=160)
-        plt.close(figure)

@@ -47,7 +47,7 @@ class RunLog:
         self.compile_seconds = 0.0
         self.history = []  # one dict an interval: step, updates_per_second; score and metrics [S]
         set_aside(self.workdir)
-        os.makedirs(self.workdir)
+        os.makedirs(self.workdir, exist_ok=True)
         self._write_json("config.json", config.to_dict())
         self.writers = [
             tensorboardX.SummaryWriter(os.path.join(self.workdir, "tensorboard", f"seed_{seed}"))
@@ -202,11 +202,10 @@ class RunLog:
 def set_aside(workdir: str) -> None:
     """Renames an earlier run's folder to <workdir>.1, .2, ...: nothing already written is lost."""
     if not os.path.isdir(workdir) or not os.listdir(workdir):
-        if os.path.isdir(workdir):
-            os.rmdir(workdir)
         return
     number = 1
     while os.path.exists(f"{workdir.rstrip('/')}.{number}"):
         number += 1
-    os.rename(workdir, f"{workdir.rstrip('/')}.{number}")
-    print(f"the earlier run in {workdir} is now {workdir.rstrip('/')}.{number}", file=sys.stderr)
+    aside = f"{workdir.rstrip('/')}.{number}"
+    os.rename(workdir, aside)
+    print(f"the earlier run in {workdir} is now {aside}", file=sys.stderr)

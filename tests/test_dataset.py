@@ -1,17 +1,19 @@
 """Loading, episodes, returns, normalisation, against golden numbers and slow references."""
 
 import gymnasium
+import h5py
 import minari
 import numpy as np
 import pytest
 from golden_cases import find_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import toy_columns, write_hdf5
+from toys import frozen, toy_columns, write_hdf5
 
 import ssar_td3bc as ssar
 from common.checks import InputError
 from common.dataset import (
+    Dataset,
     best_episodes,
     cached_labels,
     episode_lengths,
@@ -66,6 +68,15 @@ def test_returns_match_the_authors(helpers):
         np.testing.assert_allclose([complete.min(), complete.max()], [low, high], rtol=1e-6)
 
 
+def reward_of(rewards, scale, bias):
+    """What load_data makes of a file's rewards."""
+    zeros = np.zeros((len(rewards), 1), np.float32)
+    ends = np.ones(len(rewards), bool)
+    dataset = Dataset(zeros, zeros, rewards, zeros, ends, ends, None, None, "")
+    config = frozen(reward_scale=float(scale), reward_bias=float(bias))
+    return np.asarray(ssar.load_data(dataset, config)[0].reward)
+
+
 def test_reward_changes_match_the_authors(helpers):
     """Their scales and biases, as reward_scale and reward_bias of the config."""
     rewards = helpers["dataset/rewards"]
@@ -82,11 +93,11 @@ def test_reward_changes_match_the_authors(helpers):
         "cql/pen/scale10_bias-5": (10, -5),
     }
     for name, (scale, bias) in cases.items():
-        ours = scale * rewards + np.float32(bias)
+        ours = reward_of(rewards, scale, bias)
         np.testing.assert_allclose(ours, helpers[f"modify_reward/{name}/rewards"], atol=2e-6)
-        np.testing.assert_allclose(
-            scale * 1.25 + bias, helpers[f"modify_reward/{name}/online_of_1.25"], rtol=1e-6
-        )
+        online = reward_of(np.full(len(rewards), 1.25, np.float32), scale, bias)
+        expected = helpers[f"modify_reward/{name}/online_of_1.25"]
+        np.testing.assert_allclose(online, expected, rtol=1e-6)
 
 
 def test_normalisation_matches_the_authors(helpers):
@@ -173,6 +184,36 @@ def test_hdf5_without_successors_drops_rows_whose_successor_is_unknown(tmp_path)
     # an episode that lost its last row still ends where it did
     episode = np.cumsum(np.r_[0, (columns["terminals"] | columns["timeouts"])[:-1]])[kept]
     np.testing.assert_array_equal(data.episode_ends, np.r_[np.diff(episode) > 0, True])
+
+
+def test_hdf5_without_timeouts_ends_episodes_at_the_step_limit(tmp_path):
+    columns = toy_columns()
+    ends = columns["terminals"] | columns["timeouts"]
+    kept = ~ends | columns["terminals"]
+    del columns["next_observations"], columns["timeouts"]
+    data = load_dataset("toy", write_hdf5(tmp_path / "toy.hdf5", **columns), "ssar-test/Walk-v0")
+    np.testing.assert_array_equal(data.observations, columns["observations"][kept])
+    steps, next_steps = data.observations[:, 2], data.next_observations[:, 2]
+    np.testing.assert_array_equal(next_steps[~data.terminals], steps[~data.terminals] + 1)
+
+
+def test_metadata_of_the_file_name_environment_and_reference(tmp_path):
+    path = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(60))
+    with h5py.File(path, "a") as file:
+        file.attrs.update(env_id="ssar-test/Walk-v0", env_kwargs='{"x": 1}')
+        file.attrs.update(ref_min_score=-10.0, ref_max_score=10.0)
+    data = load_dataset("d4rl:" + path)
+    assert data.env.id == "ssar-test/Walk-v0"
+    assert data.env.kwargs == {"x": 1}
+    assert data.score(0.0) == 50
+    assert load_dataset("d4rl:" + path, env="ssar-test/One-v0").env.kwargs == {}
+    assert gymnasium.spec("ssar-test/Walk-v0").kwargs == {}
+
+
+def test_antmaze_scores_are_success_rates(tmp_path):
+    path = write_hdf5(tmp_path / "Ant_maze.hdf5", **toy_columns(60))
+    data = load_dataset("antmaze-umaze-v2", path, "ssar-test/Walk-v0")
+    assert data.score(0.25) == 25
 
 
 def test_environment_and_scores_follow_the_file_name(tmp_path):
@@ -279,6 +320,12 @@ def spoil(name):
         columns["actions"][9, 0] = 1.5
     elif name == "flat observations":
         columns["observations"] = columns["observations"][:, 0]
+    elif name == "empty":
+        columns = {key: column[:0] for key, column in columns.items()}
+    elif name == "two rewards":
+        columns["rewards"] = np.stack([columns["rewards"]] * 2, axis=1)
+    elif name == "text":
+        columns["actions"] = np.full(columns["actions"].shape, b"left")
     return columns
 
 
@@ -290,7 +337,10 @@ def spoil(name):
         ("nan", ["'observations' is not finite at row 7", "remove"]),
         ("infinite reward", ["'rewards' is not finite at row 3"]),
         ("loud action", ["'actions' reaches 1.5 at row 9", "clip"]),
-        ("flat observations", ["'observations' has", "axes"]),
+        ("flat observations", ["'observations' has type", "rows by dimensions"]),
+        ("empty", ["'observations' is empty"]),
+        ("two rewards", ["'rewards' has type", "one a row"]),
+        ("text", ["'actions' has type", "numbers"]),
     ],
 )
 def test_bad_columns_are_named(tmp_path, name, words):

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from tensorboardX.proto.event_pb2 import Event
-from toys import ACTION, OBS, arrays, same_bits, tiny_config, toy_columns, toy_states, write_hdf5
+from toys import OBS, same_bits, tiny_config, toy_columns, toy_states, write_hdf5
 
 import ssar_td3bc as ssar
 from common.checkpoint import load_checkpoint
 from common.checks import InputError
+from common.dataset import Normalizer, fit_normalizer, load_dataset
+from common.evaluation import Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +95,49 @@ def test_tensorboard_uses_the_authors_tags(run):
     )
 
 
-def test_checkpoint_restores_every_bit(run):
+def test_checkpoint_plays_as_the_run_did(run, data):
+    """The restored actor and normalizer repeat the last evaluation of the run, to the last bit."""
     workdir, results = run
     config = ssar.ml_collections.FrozenConfigDict(tiny_config(num_seeds=2))
     saved = checkpoint_of(workdir, config)
     assert saved["state"].step.tolist() == [60, 60]
     np.testing.assert_allclose(saved["state"].threshold.n, results["n"])
-    assert saved["normalizer"]["std"].min() >= 1e-3
-    # the restored actor scores as the run's last evaluation did
-    obs = np.zeros((2, 1, OBS), np.float32)
-    assert ssar.act(saved["state"].actor, obs).shape == (2, 1, ACTION)
+    dataset = load_dataset("toy", data, "ssar-test/Walk-v0")
+    normalizer = fit_normalizer(dataset.observations)
+    np.testing.assert_array_equal(saved["normalizer"]["std"], normalizer.std)
+    evaluate = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
+    again = evaluate(ssar.act, saved["state"].actor, Normalizer(**saved["normalizer"]))
+    last = [float(row["return_mean"]) for row in rows_of(workdir)[-2:]]
+    np.testing.assert_array_equal(again.returns.mean(axis=1), last)
+    assert np.abs(np.array(last) - results["behaviour"]).max() > 0.01  # a policy of its own
+
+
+def test_data_reach_the_device_as_recorded(data):
+    """Time limits are no terminals, rewards scaled and shifted, all observations standardised."""
+    columns = toy_columns()
+    dataset = load_dataset("toy", data, "ssar-test/Walk-v0")
+    config = ssar.ml_collections.FrozenConfigDict(tiny_config(reward_scale=10.0, reward_bias=-5.0))
+    transitions, normalizer = ssar.load_data(dataset, config)
+    assert columns["timeouts"].any()
+    np.testing.assert_array_equal(transitions.terminated, columns["terminals"])
+    np.testing.assert_array_equal(transitions.action, columns["actions"])
+    np.testing.assert_allclose(transitions.reward, 10 * columns["rewards"] - 5, rtol=1e-6)
+    obs, next_obs = columns["observations"], columns["next_observations"]
+    mean, std = obs.mean(axis=0), obs.std(axis=0) + 1e-3
+    np.testing.assert_allclose(transitions.obs, (obs - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(transitions.next_obs, (next_obs - mean) / std, atol=1e-5)
+    raw = ssar.ml_collections.FrozenConfigDict(tiny_config(normalize_observations=False))
+    np.testing.assert_array_equal(ssar.load_data(dataset, raw)[0].obs, obs)
+
+
+def test_evaluation_scores_the_policy_on_standardised_observations(data, tmp_path, monkeypatch):
+    seen = []
+    act = ssar.act
+    monkeypatch.setattr(ssar, "act", lambda params, obs: seen.append(obs) or act(params, obs))
+    ssar.main(tiny_config(data, offline_steps=20), str(tmp_path / "run"))
+    clock = np.concatenate([obs[0, :, 2] for obs in seen])  # counts 0, 1, 2, ... before
+    assert clock.min() < -0.5
+    assert abs(clock.mean()) < 2
 
 
 def test_the_same_command_gives_the_same_bits(run, data, tmp_path):
@@ -134,7 +169,7 @@ def test_an_earlier_run_is_set_aside_not_overwritten(data, tmp_path, capsys):
 
 
 def test_iql_labels_are_cached(data, tmp_path, monkeypatch):
-    settings = {"selection": "iql", "iql_steps": 300, "expectile": 0.6}
+    settings = {"selection": "iql", "iql_steps": 300, "expectile": 0.3}
     settings |= {"cache_dir": str(tmp_path / "cache")}
     config = tiny_config(data, **settings)
     first = ssar.main(config, str(tmp_path / "a"))
@@ -143,10 +178,19 @@ def test_iql_labels_are_cached(data, tmp_path, monkeypatch):
     second = ssar.main(config, str(tmp_path / "b"))
     assert second["trusted_fraction"] == first["trusted_fraction"]
     assert rows_of(str(tmp_path / "a")) == rows_of(str(tmp_path / "b"))
-    for changed in ({"expectile": 0.5}, {"seed": 1}, {"iql_steps": 31}, {"reward_bias": -1.0}):
+    for changed in ({"expectile": 0.5}, {"seed": 1}, {"iql_steps": 31}, {"reward_bias": -1.0},
+                    {"target_update_rate": 0.1}, {"discount": 0.9}, {"num_seeds": 2}):  # fmt: skip
         config = tiny_config(data, **(settings | changed))
         with pytest.raises(pytest.fail.Exception, match="trained again"):
             ssar.main(config, str(tmp_path / "c"))
+
+
+def test_plain_td3bc_needs_no_sub_dataset(data, tmp_path):
+    config = tiny_config(data, coefficient="fixed", return_threshold=1e9)
+    results = ssar.main(config, str(tmp_path / "run"))
+    assert results["trusted_fraction"] == [1.0]
+    assert results["beta_mean"] == pytest.approx([config.coefficient_init])
+    assert results["n_stopped_at"] == [None]
 
 
 def test_sparse_rewards_select_by_success(tmp_path):
@@ -180,6 +224,7 @@ def test_a_thin_sub_dataset_is_a_warning(data, tmp_path):
         ({"dataset_path": "/no/such/file.hdf5"}, "no file /no/such/file.hdf5"),
         ({"selection": "success", "reward_bias": 99.0}, None),
         ({"eval_interval": 3, "offline_steps": 3}, "must be a multiple"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
     ],
 )
 def test_bad_input_stops_before_anything_is_compiled_or_written(
@@ -200,6 +245,17 @@ def test_bad_input_stops_before_anything_is_compiled_or_written(
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not workdir.exists()
+
+
+def test_folders_that_are_no_run_are_left_alone(data, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for name, words in (("notes", "holds files of no run"), ("file", "is a file")):
+        with pytest.raises(InputError, match=words):
+            ssar.main(tiny_config(data), str(tmp_path / name))
+    assert sorted(os.listdir(tmp_path)) == ["file", "notes"]
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(
@@ -227,8 +283,3 @@ def test_command_line_errors_are_one_line(arguments, words, tmp_path):
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_arrays_helper_sees_every_leaf(run):
-    config = ssar.ml_collections.FrozenConfigDict(tiny_config())
-    assert len(arrays(toy_states(config, [0]))) == len(jax.tree.leaves(toy_states(config, [0])))

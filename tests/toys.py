@@ -1,11 +1,14 @@
 """Small data, settings and an environment that tests can reason about."""
 
+import os
+
 import gymnasium
 import h5py
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from conftest import SCRATCH
 
 import ssar_td3bc as ssar
 from configs.ssar_td3bc import get_config
@@ -115,6 +118,7 @@ def tiny_config(path=None, **overrides):
         update_period=10,
         coefficient_lr=1e-3,
         iql_steps=30,
+        cache_dir=os.path.join(SCRATCH, "cache"),
     )
     if path:
         config.dataset_path = str(path)
