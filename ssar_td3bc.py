@@ -1,4 +1,4 @@
-"""SSAR on TD3+BC: selective state-adaptive regularization for offline RL (arXiv 2505.19923).
+r"""SSAR on TD3+BC: selective state-adaptive regularization for offline RL (arXiv 2505.19923).
 
 TD3+BC weighs improvement against cloning the data with one constant. SSAR learns that constant per
 state: a network β_φ(s) that falls where the data's actions are likely under the policy and rises

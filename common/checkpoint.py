@@ -13,7 +13,10 @@ def save_checkpoint(workdir: str, tree) -> str:
     return path
 
 
-def load_checkpoint(workdir: str, like):
-    """Reads what save_checkpoint wrote, into a tree like `like`: arrays or jax.eval_shape's."""
+def load_checkpoint(workdir: str, like=None):
+    """What save_checkpoint wrote: as nested dictionaries, or as a tree like `like`.
+
+    like: arrays, or what jax.eval_shape makes of the function that built them.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(os.path.join(os.path.abspath(workdir), "checkpoint"), like)

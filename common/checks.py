@@ -49,17 +49,20 @@ def check_config(config) -> None:
         if field in config and not (low <= config[field] <= high and abs(config[field]) < 1e30):
             refuse(field, f"must lie between {low} and {high}")
     for field in WIDTHS:
-        if not config[field] or min(config[field]) < 1:
+        if not config[field] or not all(isinstance(w, int) and w > 0 for w in config[field]):
             refuse(field, "must be layer widths such as (256,256)")
     for field, divisor in MULTIPLES:
         if divisor in config and config[field] % config[divisor]:
             refuse(field, f"must be a multiple of --config.{divisor}={config[divisor]}")
+    if config.num_seeds > 4096:
+        refuse("num_seeds", "is more than one program can hold: run them in several")
     if not 0 <= config.seed < 2**31 - config.num_seeds:
         refuse("seed", "must be at least 0 and below 2^31")
     if not config.n_start <= config.n_end < float("inf"):
         refuse("n_start", f"must be at most --config.n_end={config.n_end}")
     by_return = config.coefficient == "adaptive" and config.selection == "return"
-    if by_return and not isinstance(config.return_threshold, float):
+    threshold = config.return_threshold
+    if by_return and (threshold is None or not abs(threshold) < float("inf")):
         refuse("return_threshold", "is no return to exceed: give G_T, or another selection")
 
 

@@ -18,10 +18,14 @@ def run(main, name: str) -> None:
 
     What the user can mend ends as one line on stderr and exit status 1.
     """
+    if {"-h", "-help", "--help"} & set(sys.argv):
+        print(_usage(name))
+        return
     default = os.path.join(ROOT, "configs", f"{name}.py")
+    started = []
     try:
-        config = config_flags.DEFINE_config_file("config", default, "settings: <file>[:<task>]")
-        workdir = flags.DEFINE_string("workdir", None, f"default: runs/{name}/<task>/<seed>")
+        config = config_flags.DEFINE_config_file("config", default)
+        workdir = flags.DEFINE_string("workdir", None, "run folder")
 
         def parse(argv):
             rest = flags.FLAGS(argv)
@@ -31,34 +35,45 @@ def run(main, name: str) -> None:
             return rest
 
         def start(_):
+            started.append(True)
             logging.set_verbosity(logging.WARNING)
             # TF32 and bfloat16 products, an accelerator's default, are too coarse for β_φ's steps.
             jax.config.update("jax_default_matmul_precision", "float32")
             main(config.value, workdir.value)
 
         app.run(start, flags_parser=parse)
-    except (InputError, flags.Error, ValueError, AttributeError, OSError) as error:
-        if not _is_input_error(error):
+    except InputError as error:
+        sys.exit(f"{name}: {error}")
+    except (flags.Error, ValueError, TypeError, AttributeError, OSError) as error:
+        if started:  # not about the command line: a fault of ours, to be shown whole
             raise
         sys.exit(f"{name}: {_one_line(error, name)}")
 
 
-def _is_input_error(error) -> bool:
-    """Whether the error is about what the user gave, not one of our own."""
-    if isinstance(error, (InputError, flags.Error)):
-        return True
-    trace = error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_name == "start":
-            return False
-        trace = trace.tb_next
-    return True
-
-
 def _one_line(error, name) -> str:
-    if isinstance(error, AttributeError):
-        fields = importlib.import_module(f"configs.{name}").get_config()
-        return f"no field {' '.join(str(error).split())} The fields are {', '.join(sorted(fields))}"
+    if isinstance(error, AttributeError):  # an unknown field
+        field = str(error).split("\\n")[0].strip("'\"\\")
+        known = ", ".join(sorted(importlib.import_module(f"configs.{name}").get_config()))
+        return f"no field '{field}': --config.<field>= takes {known}"
+    if isinstance(error, OSError):
+        return (
+            "no such settings file: give --config=<file>[:<task>], "
+            f"for example --config=configs/{name}.py:hopper-medium-v2"
+        )
     while "Traceback" in str(error) and error.__context__:
         error = error.__context__
     return " ".join(str(error).split())
+
+
+def _usage(name) -> str:
+    module = importlib.import_module(f"configs.{name}")
+    fields = [f"  --config.{field}={value}" for field, value in module.get_config().items()]
+    return "\n".join(
+        [
+            sys.modules["__main__"].__doc__,
+            f"--config=configs/{name}.py:<task>, first; tasks: {', '.join(module.TASKS)}",
+            f"--workdir=<folder>, by default runs/{name}/<task>/<seed>",
+            "Fields, as the task demo sets them:",
+            *fields,
+        ]
+    )

@@ -183,7 +183,7 @@ def _load_hdf5(path: str, name: str, env: str | None) -> Dataset:
         ) from None
     needed = ("observations", "actions", "rewards", "terminals")
     with file:
-        missing = [key for key in needed if key not in file]
+        missing = [key for key in needed if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
             raise InputError(
                 f"{path} has no key '{missing[0]}', only {', '.join(sorted(file)) or 'nothing'}: "
@@ -243,19 +243,11 @@ def _load_minari(dataset_id: str, env: str | None) -> Dataset:
     return _from_columns(dataset_id, spec, reference, **columns)
 
 
-def _from_columns(
-    source,
-    spec,
-    reference,
-    *,
-    observations,
-    actions,
-    rewards,
-    terminals,
-    timeouts=None,
-    next_observations=None,
-) -> Dataset:
-    _check_columns(source, observations, actions, rewards, terminals, next_observations)
+def _from_columns(source, spec, reference, **columns) -> Dataset:
+    _check_columns(source, columns)
+    observations, actions = columns["observations"], columns["actions"]
+    rewards, terminals = columns["rewards"], columns["terminals"]
+    timeouts, next_observations = columns.get("timeouts"), columns.get("next_observations")
     terminals = terminals.astype(bool)
     timeouts = np.zeros_like(terminals) if timeouts is None else timeouts.astype(bool)
     known = next_observations is not None
@@ -303,12 +295,10 @@ def _stored_reference(metadata) -> tuple[float, float] | None:
     return float(metadata["ref_min_score"]), float(metadata["ref_max_score"])
 
 
-def _check_columns(source, observations, actions, rewards, terminals, next_observations) -> None:
-    columns = {"observations": observations, "next_observations": next_observations}
-    columns |= {"actions": actions, "rewards": rewards, "terminals": terminals}
-    columns = {key: column for key, column in columns.items() if column is not None}
+def _check_columns(source, columns) -> None:
+    observations, actions = columns["observations"], columns["actions"]
     for key, column in columns.items():
-        axes = 1 if key in ("rewards", "terminals") else 2
+        axes = 1 if key in ("rewards", "terminals", "timeouts") else 2
         if column.ndim != axes or column.dtype.kind not in "biuf":
             raise InputError(
                 f"{source}: '{key}' has type {column.dtype} and shape {column.shape}: it needs "
@@ -321,6 +311,11 @@ def _check_columns(source, observations, actions, rewards, terminals, next_obser
             )
         if not column.size:
             raise InputError(f"{source}: '{key}' is empty: the data needs at least one transition")
+        if key == "next_observations" and column.shape != observations.shape:
+            raise InputError(
+                f"{source}: 'next_observations' has shape {column.shape} but 'observations' "
+                f"{observations.shape}: they need the same dimensions"
+            )
         bad = ~np.isfinite(column.reshape(len(column), -1)).all(axis=1)
         if bad.any():
             raise InputError(

@@ -168,6 +168,11 @@ class RunLog:
                 f"thin sub-dataset: only {self.trusted_fraction.min():.2%} of the data is trusted, "
                 "so the coefficient sees few states; lower return_threshold or select by iql"
             )
+        selected = self.config.selection != "none" and self.config.coefficient == "adaptive"
+        if selected and self.trusted_fraction.min() == 1:
+            found.append(
+                f"selection={self.config.selection} trusts every transition: it selects nothing"
+            )
         broken = [key for key in self.metrics if not np.isfinite(self.history[-1][key]).all()]
         if broken:
             found.append(f"diverged: {', '.join(broken)} not finite in the last interval")
@@ -195,8 +200,17 @@ class RunLog:
 
     def _write_json(self, name, content):
         with open(os.path.join(self.workdir, name), "w") as file:
-            json.dump(content, file, indent=2)
+            json.dump(finite(content), file, indent=2, allow_nan=False)
             file.write("\n")
+
+
+def finite(content):
+    """The content with null for numbers that JSON cannot hold."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not np.isfinite(content) else content
 
 
 def set_aside(workdir: str) -> None:

@@ -85,6 +85,8 @@ def test_unknown_task_names_the_known_ones():
         ({"discount": float("nan")}, "discount=nan must lie between 0 and 1"),
         ({"critic_lr": -1e-3}, "critic_lr=-0.001 must lie between 0 and 1"),
         ({"reward_scale": float("inf")}, "reward_scale=inf must lie between"),
+        ({"return_threshold": float("nan")}, "return_threshold=nan is no return to exceed"),
+        ({"num_seeds": 99999}, "num_seeds=99999 is more than one program can hold"),
         ({"hidden_dims": ()}, "hidden_dims=() must be layer widths"),
         ({"coefficient_hidden_dims": (16, 0)}, "coefficient_hidden_dims=(16, 0) must be"),
         ({"n_start": 4.0}, "n_start=4.0 must be at most --config.n_end=3.0"),

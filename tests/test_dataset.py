@@ -324,6 +324,14 @@ def spoil(name):
         columns = {key: column[:0] for key, column in columns.items()}
     elif name == "two rewards":
         columns["rewards"] = np.stack([columns["rewards"]] * 2, axis=1)
+    elif name == "scalar reward":
+        columns["rewards"] = np.float32(1)
+    elif name == "group":
+        columns["actions"] = None
+    elif name == "nan terminal":
+        columns["terminals"] = np.where(columns["terminals"], np.nan, 0)
+    elif name == "narrow successors":
+        columns["next_observations"] = columns["next_observations"][:, :2]
     elif name == "text":
         columns["actions"] = np.full(columns["actions"].shape, b"left")
     return columns
@@ -341,6 +349,10 @@ def spoil(name):
         ("empty", ["'observations' is empty"]),
         ("two rewards", ["'rewards' has type", "one a row"]),
         ("text", ["'actions' has type", "numbers"]),
+        ("scalar reward", ["'rewards' has type", "one a row"]),
+        ("group", ["no key 'actions'"]),
+        ("nan terminal", ["'terminals' is not finite"]),
+        ("narrow successors", ["'next_observations' has shape", "same dimensions"]),
     ],
 )
 def test_bad_columns_are_named(tmp_path, name, words):

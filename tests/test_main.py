@@ -213,6 +213,8 @@ def test_a_thin_sub_dataset_is_a_warning(data, tmp_path):
     path = write_hdf5(tmp_path / "thin.hdf5", **columns)
     results = ssar.main(tiny_config(path, return_threshold=99.0), str(tmp_path / "run"))
     assert "thin sub-dataset" in results["warnings"][0]
+    everything = ssar.main(tiny_config(data, return_threshold=-1e9), str(tmp_path / "all"))
+    assert "selects nothing" in everything["warnings"][0]
     assert ssar.main(tiny_config(data), str(tmp_path / "healthy"))["warnings"] == []
 
 
@@ -247,6 +249,14 @@ def test_bad_input_stops_before_anything_is_compiled_or_written(
     assert not workdir.exists()
 
 
+def test_help_names_every_setting():
+    script = os.path.join(ROOT, "ssar_td3bc.py")
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for words in ("--workdir=", "hopper-medium-v2", *(f"--config.{x}=" for x in tiny_config())):
+        assert words in done.stdout
+
+
 def test_folders_that_are_no_run_are_left_alone(data, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
@@ -266,8 +276,9 @@ def test_folders_that_are_no_run_are_left_alone(data, tmp_path):
             "no file /no/such.hdf5",
         ),
         (["--config=configs/ssar_td3bc.py:hoper-v2"], "unknown task 'hoper-v2'"),
-        (["--config.updat_period=3"], "fields are actor_lr"),
-        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config.updat_period=3"], "no field 'updat_period': --config.<field>= takes actor_lr"),
+        (["--config=configs/none.py"], "no such settings file"),
+        (["--config.hidden_dims=(1.5,2)"], "must be layer widths"),
         (["--confg=x"], "Unknown command line flag 'confg'"),
         (["hopper-medium-v2"], "'hopper-medium-v2' is no flag"),
         (["--config.batch_size=many"], "batch_size"),

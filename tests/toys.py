@@ -96,7 +96,7 @@ def write_hdf5(path, **columns):
     """A file in D4RL's layout; returns its path as text."""
     with h5py.File(path, "w") as file:
         for name, column in columns.items():
-            file[name] = column
+            file[name] = column if column is not None else h5py.SoftLink("/nowhere")
     return str(path)
 
 
