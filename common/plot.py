@@ -44,7 +44,7 @@ def plot_run(path: str, history: list[dict], results: dict, config) -> None:
         curves(score, "score", BLUE, f"policy, {history[0]['episodes'][0]} episodes")
         score.axhline(results["behaviour"][0], color=GREY, ls="--", lw=1, label="behaviour")
         score.set_title("normalised score" if results["normalized"] else "return")
-        score.legend(loc="center right")
+        score.legend(loc="best")
 
         low, high = series["beta_min"].min(axis=1), series["beta_max"].max(axis=1)
         beta.fill_between(steps, low, high, color=ORANGE, alpha=0.2, lw=0, label="min to max")
