@@ -4,6 +4,16 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure  # no pyplot: the caller's backend stays as it is
 
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
 BLUE, ORANGE, GREY = "#1f5fa8", "#c4561a", "#6b6b6b"
 
 
@@ -18,17 +28,7 @@ def plot_run(path: str, history: list[dict], results: dict, config) -> None:
         for key in history[0]
         if np.ndim(history[0][key]) == 1
     }
-    style = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titleweight": "bold",
-        "axes.titlesize": 9,
-        "axes.titlelocation": "left",
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 5.6), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
         (score, beta), (width, margin) = axes
