@@ -3,7 +3,7 @@
 import ml_collections
 from ml_collections import config_dict
 
-# The authors' settings: n_end, how D^ is selected, G_T or expectile, loosen_bound.
+# The authors' settings: n_end, how D̂ is selected, G_T or expectile, loosen_bound.
 MUJOCO = {
     "halfcheetah-medium-v2": (3.0, "return", 5200, True),
     "halfcheetah-medium-replay-v2": (3.0, "iql", 0.7, True),
@@ -30,19 +30,16 @@ ANTMAZE = {
 TASKS = ("demo", "custom", *MUJOCO, *ANTMAZE)  # custom: your own data, the paper's sizes
 
 
-def get_config(task="demo"):
-    """The settings of one task; raises ValueError for an unknown one."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
+def defaults():
+    """The authors' settings where they are the same for every MuJoCo task."""
     c = ml_collections.ConfigDict()
 
     # data and evaluation
-    c.task = task
+    c.task = "custom"
     c.seed = 0
     c.num_seeds = 1  # seeds seed, seed + 1, ... train together in one program
-    c.dataset = config_dict.placeholder(
-        str
-    )  # demo | <D4RL task> | d4rl:<HDF5 file> | <local Minari id>
+    # demo | <D4RL task> | d4rl:<HDF5 file> | <local Minari id>
+    c.dataset = config_dict.placeholder(str)
     c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
     c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one the data names
     c.normalize_observations = True
@@ -64,7 +61,7 @@ def get_config(task="demo"):
     c.noise_clip = 0.5
     c.policy_freq = 2
 
-    # the coefficient beta_phi and its threshold C_n
+    # the coefficient β_φ and its threshold C_n
     c.coefficient = "adaptive"  # adaptive | fixed (plain TD3+BC)
     c.coefficient_init = 0.4
     c.coefficient_lr = 3e-8
@@ -74,7 +71,7 @@ def get_config(task="demo"):
     c.update_period = 50_000
     c.expl_noise = 0.1
 
-    # the trusted sub-dataset D^
+    # the trusted sub-dataset D̂
     c.selection = "iql"  # none | return | success | iql
     c.return_threshold = config_dict.placeholder(float)
     c.expectile = 0.7
@@ -82,13 +79,20 @@ def get_config(task="demo"):
     c.select_actions = True
     c.loosen_bound = True
 
-    # online, in update_step alone so far: how the frozen beta_phi fades
+    # online, in update_step alone so far: how the frozen β_φ fades
     c.anneal = "linear"  # linear | cosine | none
     c.decay_steps = 400_000
+    return c
 
+
+def get_config(task="demo"):
+    """The settings of one task; raises ValueError for an unknown one."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
+    c = defaults()
     if task == "custom":
         return c
-    c.dataset = task
+    c.task = c.dataset = task
     if task in MUJOCO:
         c.n_end, c.selection, value, c.loosen_bound = MUJOCO[task]
         if c.selection == "return":
