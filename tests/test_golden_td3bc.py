@@ -10,12 +10,11 @@ import ml_collections
 import numpy as np
 import pytest
 from golden_cases import (
+    Comparison,
+    adam_means,
     find_cases,
     flatten,
-    gradient_stats,
     load_case,
-    parameter_stats,
-    probe,
     td3_parameters,
 )
 
@@ -23,12 +22,6 @@ import ssar_td3bc as ssar
 from configs.ssar_td3bc import get_config
 
 CASES = find_cases("td3_")
-# Fractions of a key's largest golden value. Float32: the worst that the recording itself saw
-# against float64, with room for another order of summation.
-TOLERANCE = {
-    "float64": {"log": 1e-9, "beta": 1e-9, "gradient": 1e-9, "parameter": 1e-8},
-    "float32": {"log": 3e-5, "beta": 5e-6, "gradient": 2e-5, "parameter": 1e-5},
-}
 
 
 def golden_config(hp):
@@ -74,19 +67,11 @@ def golden_state(params, config, dtype):
 
 def first_moments(state):
     """Adam's running gradient means, by the fixture's names."""
-    found = {}
-    for name, opt in (
-        ("actor", state.actor_opt),
-        ("critic", state.critic_opt),
-        ("beta", state.coefficient_opt),
-    ):
-        mu = next(
-            s.mu
-            for s in jax.tree.leaves(opt, is_leaf=lambda s: hasattr(s, "mu"))
-            if hasattr(s, "mu")
-        )
-        found |= by_name(name, mu)
-    return found
+    return (
+        by_name("actor", adam_means(state.actor_opt))
+        | by_name("critic", adam_means(state.critic_opt))
+        | by_name("beta", adam_means(state.coefficient_opt))
+    )
 
 
 def by_name(name, params):
@@ -145,40 +130,16 @@ def replay(path, dtype):
         yield case, i, batch, state, info, gradients, beta_before, beta(state.coefficient, obs)
 
 
-def close(actual, golden, tolerance, message):
-    """Within `tolerance` times the key's largest golden value; golden is (all steps, this step)."""
-    every, here = golden
-    scale = np.nanmax(np.abs(every))
-    if "probe/" in message and "grad" not in message:
-        scale = max(scale, 0.05)  # parameters: 5e-7 in float32 whatever their size
-    np.testing.assert_allclose(
-        np.asarray(actual, float), here, rtol=0, atol=tolerance * scale, err_msg=message
-    )
-
-
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("path", CASES, ids=os.path.basename)
 def test_update_step_reproduces_the_authors(path, dtype):
-    tolerance = TOLERANCE[dtype]
-    initial = {
-        key: np.asarray(x)
-        for name, net in td3_parameters().items()
-        for key, x in flatten(name, net).items()
-    }
-    compared = set()
+    golden = Comparison(path, load_case(path)[0], dtype)
+    for name, net in td3_parameters().items():
+        golden.initial |= flatten(name, net)
 
     with jax.enable_x64(dtype == "float64"):
         for case, i, batch, state, info, gradients, beta_before, beta_after in replay(path, dtype):
-
-            def check(key, actual, kind, columns=None, case=case, i=i):
-                """Compares with f64/<key> where the authors produced it in this step."""
-                golden = case.get(f"f64/{key}")
-                if golden is not None and np.isfinite(golden[i]).all():
-                    golden = golden[..., :columns] if columns else golden
-                    message = f"{os.path.basename(path)} update {i + 1}: {key}"
-                    close(actual, (golden, golden[i]), tolerance[kind], message)
-                    compared.add(key)
-
+            check = partial(golden.check, i)
             for ours, theirs in LOGS.items():
                 if ours in info:
                     check(f"log/{theirs}", info[ours], "log")
@@ -188,15 +149,8 @@ def test_update_step_reproduces_the_authors(path, dtype):
             check("beta_net/after", beta_after, "beta")
             check("state/n_away", state.threshold.n, "log")
             check("state/update_threshold", state.threshold.stopped_at < 0, "log")
-            for key, gradient in gradients.items():
-                check(f"grad_stats/{key}", gradient_stats(gradient), "gradient")
-                check(f"grad_probe/{key}", probe(gradient), "gradient")
-            for key, x in parameters(state).items():
-                # Adam makes a near-zero gradient +-lr: the movement says nothing in float32.
-                columns = 8 if dtype == "float64" else 5
-                stats = parameter_stats(x, initial[key.replace("_target", "")])
-                check(f"stats/{key}", stats[:columns], "parameter", columns)
-                check(f"probe/{key}", probe(x), "parameter")
+            golden.check_gradients(i, gradients)
+            golden.check_parameters(i, parameters(state))
 
             acts = (
                 np.asarray(batch.trusted) > 0
@@ -209,16 +163,10 @@ def test_update_step_reproduces_the_authors(path, dtype):
                 ours = [float(info[f"beta_{kind}"]) for kind in ("min", "mean", "max")]
                 np.testing.assert_allclose(ours, [beta.min(), beta.mean(), beta.max()], rtol=1e-5)
 
-    recorded = {
-        key[4:] for key in case if key.startswith(COMPARED) and np.isfinite(case[key]).any()
-    }
-    assert recorded - compared == set()  # nothing that the authors produced was passed over
-    assert {"log/critic_loss", "beta_net/after", "state/n_away"} <= compared
+    golden.finish()
+    assert {"log/critic_loss", "beta_net/after", "state/n_away"} <= golden.compared
 
 
-COMPARED = tuple(
-    f"f64/{kind}/" for kind in ("grad_stats", "grad_probe", "stats", "probe", "beta_net")
-)
 LOGS = {
     "critic_loss": "critic_loss",
     "q1": "q1",

@@ -1,0 +1,125 @@
+"""Settings of ssar_cql.py: --config=configs/ssar_cql.py:<task>; the default task is demo."""
+
+import ml_collections
+from ml_collections import config_dict
+
+# The authors' settings: n_end, how D̂ is selected, G_T or expectile, loosen_bound.
+MUJOCO = {
+    "halfcheetah-medium-v2": (3.0, "return", 6000, True),
+    "halfcheetah-medium-replay-v2": (3.0, "return", 6000, True),
+    "halfcheetah-medium-expert-v2": (3.0, "return", 11000, True),
+    "halfcheetah-expert-v2": (3.0, "return", 11000, True),
+    "hopper-medium-v2": (3.0, "return", 2500, True),
+    "hopper-medium-replay-v2": (3.0, "iql", 0.7, True),
+    "hopper-medium-expert-v2": (1.5, "iql", 0.5, True),
+    "hopper-expert-v2": (1.5, "return", 3500, True),
+    "walker2d-medium-v2": (3.0, "return", 3600, True),
+    "walker2d-medium-replay-v2": (3.0, "iql", 0.7, True),
+    "walker2d-medium-expert-v2": (3.0, "iql", 0.7, True),
+    "walker2d-expert-v2": (3.0, "return", 4800, True),
+}
+# n_start, n_end
+ANTMAZE = {
+    "antmaze-umaze-v2": (1.0, 5.0),
+    "antmaze-umaze-diverse-v2": (1.0, 3.0),
+    "antmaze-medium-play-v2": (5.0, 5.0),
+    "antmaze-medium-diverse-v2": (5.0, 5.0),
+    "antmaze-large-play-v2": (5.0, 5.0),
+    "antmaze-large-diverse-v2": (5.0, 5.0),
+}
+TASKS = ("demo", "custom", *MUJOCO, *ANTMAZE)  # custom: your own data, the paper's sizes
+
+
+def defaults():
+    """The authors' settings where they are the same for every MuJoCo task."""
+    c = ml_collections.ConfigDict()
+
+    # data and evaluation
+    c.task = "custom"
+    c.seed = 0
+    c.num_seeds = 1  # seeds seed, seed + 1, ... train together in one program
+    # demo | <D4RL task> | d4rl:<HDF5 file> | <local Minari id>
+    c.dataset = config_dict.placeholder(str)
+    c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
+    c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one the data names
+    c.normalize_observations = True
+    c.reward_scale = 1.0
+    c.reward_bias = 0.0
+    c.offline_steps = 1_000_000
+    c.eval_interval = 5_000
+    c.eval_episodes = 10
+    c.cache_dir = "~/.cache/ssar-jax"  # IQL labels
+
+    # CQL
+    c.batch_size = 256
+    c.discount = 0.99
+    c.target_update_rate = 0.005
+    c.actor_lr = 3e-5
+    c.critic_lr = 3e-4
+    c.hidden_dims = (256, 256, 256)
+    c.critic_layers = (3, 3)  # hidden layers of either critic, as wide as the actor's first
+    c.num_sampled_actions = 10  # from each of three sources
+    c.importance_sample = True
+    c.cql_temperature = 1.0
+    c.clip_diff_min = -float("inf")
+    c.clip_diff_max = float("inf")
+    c.lagrange = False
+    c.target_action_gap = -1.0  # with lagrange
+    c.max_target_backup = False
+    c.backup_entropy = False
+    c.bc_weight = 0.0
+    c.block_size = 32  # rows of a batch whose sampled actions are scored at once
+
+    # the coefficient β_φ and its threshold C_n
+    c.coefficient = "adaptive"  # adaptive | fixed (plain CQL)
+    c.coefficient_init = 10.0
+    c.cql_alpha = c.get_ref("coefficient_init")  # CQL's own name for it
+    c.coefficient_lr = 1e-8
+    c.coefficient_hidden_dims = (512, 512, 512)
+    c.n_start = 1.0
+    c.n_end = 3.0
+    c.update_period = 50_000
+
+    # the trusted sub-dataset D̂
+    c.selection = "iql"  # none | return | success | iql
+    c.return_threshold = config_dict.placeholder(float)
+    c.expectile = 0.7
+    c.iql_steps = 1_000_000
+    c.select_actions = True
+    c.loosen_bound = True
+
+    # online, in update_step alone so far: how the frozen β_φ fades
+    c.anneal = "cosine"  # linear | cosine | none
+    c.decay_steps = 400_000
+    return c
+
+
+def get_config(task="demo"):
+    """The settings of one task; raises ValueError for an unknown one."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
+    c = defaults()
+    if task == "custom":
+        return c
+    c.task = c.dataset = task
+    if task in MUJOCO:
+        c.n_end, c.selection, value, c.loosen_bound = MUJOCO[task]
+        if c.selection == "return":
+            c.return_threshold = float(value)
+        else:
+            c.expectile = value
+    elif task in ANTMAZE:
+        c.n_start, c.n_end = ANTMAZE[task]
+        c.selection, c.loosen_bound = "success", False
+        c.normalize_observations, c.reward_scale, c.reward_bias = False, 10.0, -5.0
+        c.offline_steps, c.eval_interval, c.eval_episodes = 2_000_000, 50_000, 100
+        c.actor_lr, c.coefficient_init, c.critic_layers = 1e-4, 5.0, (5, 3)
+        c.lagrange, c.target_action_gap, c.clip_diff_min = True, 0.8, -200.0
+        c.max_target_backup, c.bc_weight = True, 0.5
+    else:
+        c.offline_steps, c.eval_interval, c.eval_episodes = 10_000, 500, 20
+        c.hidden_dims, c.coefficient_hidden_dims = (128, 128, 128), (128, 128, 128)
+        c.num_sampled_actions, c.actor_lr = 4, 3e-4
+        c.selection, c.return_threshold = "return", -12.0
+        c.update_period, c.coefficient_lr = 500, 6e-6
+    return c

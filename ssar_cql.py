@@ -1,0 +1,777 @@
+r"""SSAR on CQL: selective state-adaptive regularization for offline RL (arXiv 2505.19923).
+
+CQL weighs Bellman backups against pushing down the values of actions that the data do not show,
+with one constant. SSAR learns that constant per state: a network β_φ(s) that falls where the data's
+actions are likely under the policy and rises where they are not, shaped only by the part D̂ of the
+data that can be trusted. It is the same β_φ as in TD3+BC: for π ∝ exp Q, CQL's regulariser
+log Σ exp Q - Q(s, a) is -log π(a|s)                                               (Prop. 3.1)
+
+    D̂ ⊂ D: trajectories of return > G_T, or successful ones, or rows of IQL advantage ≥ 0
+    every update, on a batch (s, a, r, s', d) of D:
+        π: Adam on mean α log π(ã|s) - min_i Q_i(s, ã), ã ~ π(s)
+        α: Adam on -log α (mean log π(ã|s) - |A|)
+        y  = r + γ (1 - d) min_i Q_target_i(s', a'), a' ~ π(s')
+        Q_i: Adam on mean (Q_i(s, a) - y)² + mean β_φ(s) (log Σ_j exp Q_i(s, a_j) / p_j - Q_i(s, a))
+            over K uniform a_j, K from π(s') and K from π(s), each of density p_j
+        margin = mean_dims max(log π(a|s), C_10(s)) - C_n(s), with the new π              (Eq. 6)
+        β_φ: Adam on mean margin · β_φ(s) over D̂                                     (Eq. 5, 9)
+        every T_inc updates: n += (n_end - n_start) / 10,
+            until the mean margin over D̂ is > 0 once; n never moves again              (Sec. 3.2)
+        targets: 0.005 new + 0.995 old
+
+    symbol  config field         authors' name  in        meaning
+    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain CQL
+    β_init  coefficient_init     cql_alpha                β_φ starts there, stays in (0, 1.5 β_init)
+    n       n_start, n_end       n_away         Eq. 6     how many σ C_n lies from π(s); it grows
+    T_inc   update_period        update_period  Sec. 3.2  updates between two tests of the threshold
+    D̂       selection            trusts         Eq. 9     none (all of D) | return | success | iql
+    G_T     return_threshold     ref_return               return above which a trajectory is trusted
+            select_actions       select_actions Eq. 9     only D̂ shapes β_φ and the threshold
+            loosen_bound         loosen_bound             only D̂ is regularised
+            expectile            iql_tau                  the IQL's expectile, for selection = iql
+    K       num_sampled_actions  cql_n_actions            actions drawn from each source
+    α'      lagrange             cql_lagrange             tunes the regulariser's weight to a gap
+            max_target_backup    (the same)               a': the best of K by min_i Q_target_i
+            bc_weight            0.5 in 'ant'             adds 0.5 (ã - a)² to π's loss
+    γ       discount                                      N_end is decay_steps
+
+Where paper and authors' code differ, the code is followed, for it made the published numbers:
+log π and C_n are taken per action dimension and averaged; C_n's actions stay within 0.1 n of
+tanh(μ); log π is floored at C_10; D̂ masks the β_φ loss but the mean is over the whole batch; n is
+tested on single batches; AntMaze's first critic has five layers.
+Deviations from that code: log-densities come from the sample before tanh, so none is infinite;
+beta_min, beta_mean and beta_max are taken over the rows that are regularised.
+
+    python ssar_cql.py
+    python ssar_cql.py --config=configs/ssar_cql.py:hopper-medium-v2 \
+        --config.dataset_path=hopper_medium-v2.hdf5 --config.num_seeds=5
+"""
+
+import time
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from common.checkpoint import save_checkpoint
+from common.checks import InputError, check_config, check_workdir
+from common.cli import run
+from common.dataset import (
+    cached_labels,
+    episode_lengths,
+    episode_returns,
+    fingerprint,
+    fit_normalizer,
+    load_dataset,
+)
+from common.evaluation import Evaluator
+from common.report import RunLog, progress
+
+# ------------------------------------------------------------------------------- data structures
+
+
+class Transition(NamedTuple):
+    """A batch of transitions. The data set is one too, with N rows for B."""
+
+    obs: jax.Array  # [B, O] standardised
+    action: jax.Array  # [B, A] in [-1, 1]
+    reward: jax.Array  # [B]
+    next_obs: jax.Array  # [B, O]
+    terminated: jax.Array  # [B] 1 where the task ended; a time limit is no end
+    trusted: jax.Array  # [B] 1 in D̂
+
+
+class Noise(NamedTuple):
+    """Every random number of one update: with it given, the update is deterministic."""
+
+    policy: jax.Array  # [B, A] N(0, 1)
+    target_action: jax.Array  # [B, 1, A] N(0, 1); K for 1 with max_target_backup
+    random_action: jax.Array  # [B, K, A] U(-1, 1)
+    current_action: jax.Array  # [B, K, A] N(0, 1)
+    next_action: jax.Array  # [B, K, A] N(0, 1)
+
+
+class Threshold(NamedTuple):
+    """The width of C_n(s), and the update at which it stopped growing."""
+
+    n: jax.Array  # []
+    stopped_at: jax.Array  # [] i32, -1 while growing
+
+
+class TrainState(NamedTuple):
+    """All that training changes. With several seeds, every leaf has a leading axis [S]."""
+
+    actor: dict
+    critic: tuple  # a pair
+    target_critic: tuple
+    coefficient: dict
+    log_alpha: jax.Array  # [] weight of the entropy
+    log_alpha_prime: jax.Array  # [] Lagrange multiplier of the regulariser
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    coefficient_opt: optax.OptState
+    log_alpha_opt: optax.OptState
+    log_alpha_prime_opt: optax.OptState
+    threshold: Threshold
+    step: jax.Array  # [] i32, updates so far
+    online_step: jax.Array  # [] i32, those of them online
+    key: jax.Array  # [] PRNG key
+
+
+# -------------------------------------------------------------------------------------- networks
+
+
+class MLP(nn.Module):
+    """ReLU layers, each after a LayerNorm if asked for, then a linear one; PyTorch's init."""
+
+    widths: tuple[int, ...]
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        for i, width in enumerate(self.widths):
+            bound = x.shape[-1] ** -0.5
+            init = partial(jax.random.uniform, minval=-bound, maxval=bound)
+            x = nn.Dense(width, kernel_init=init, bias_init=init, name=f"layers_{i}")(x)
+            if i < len(self.widths) - 1:
+                x = nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x) if self.layer_norm else x
+                x = nn.relu(x)
+        return x
+
+
+def forward(params, x):
+    """The MLP that `params` belong to, whatever its widths."""
+    depth = sum(name.startswith("layers") for name in params)
+    widths = tuple(params[f"layers_{i}"]["bias"].size for i in range(depth))
+    return MLP(widths, layer_norm="norm_0" in params).apply({"params": params}, x)
+
+
+def actor(params, obs):
+    """π(·|s) = tanh N(μ, σ): [B, O] -> μ and log σ, [B, A] each."""
+    mean, log_std = jnp.split(forward(params, obs), 2, axis=-1)
+    log_std = params["log_std_multiplier"] * log_std + params["log_std_offset"]
+    return mean, jnp.clip(log_std, -20, 2)
+
+
+def log_density(distribution, unit):
+    """log π of tanh(μ + σ unit), in each action dimension: finite also where tanh is ±1."""
+    mean, log_std = distribution
+    x = mean + jnp.exp(log_std) * unit
+    log_slope = 2 * (jnp.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh² x)
+    return -0.5 * (jnp.square(unit) + jnp.log(2 * jnp.pi)) - log_std - log_slope
+
+
+def sample(distribution, unit):
+    """Actions and their log-densities: μ, log σ [B, A], unit [B, K, A] -> [B, K, A], [B, K]."""
+    mean, log_std = (x[:, None] for x in distribution)
+    action = jnp.tanh(mean + jnp.exp(log_std) * unit)
+    return action, log_density((mean, log_std), unit).sum(axis=-1)
+
+
+def critic(params, obs, action):
+    """Q(s, a): [B, O], [B, A] -> [B]; or [B, K, A] -> [B, K]."""
+    if action.ndim > obs.ndim:
+        obs = jnp.broadcast_to(obs[:, None], (*action.shape[:2], obs.shape[1]))
+    return forward(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
+
+
+def critics(pair, obs, action):
+    """A pair, of any two depths: -> [2, B] or [2, B, K]."""
+    return jnp.stack([critic(params, obs, action) for params in pair])
+
+
+def coefficient(params, obs, config):
+    """β_φ(s): [B, O] -> [B], in (0, 1.5 β_init)."""
+    return 1.5 * config.coefficient_init * nn.sigmoid(forward(params, obs)[..., 0])
+
+
+def init_mlp(key, in_dim, widths, layer_norm=False):
+    """Parameters of an MLP, [., in_dim] -> [., widths[-1]]."""
+    return MLP(widths, layer_norm).init(key, jnp.zeros((1, in_dim)))["params"]
+
+
+def init_pair(key, in_dim, widths):
+    """Parameters of two IQL critics."""
+    return tuple(init_mlp(key, in_dim, widths) for key in jax.random.split(key))
+
+
+def init_actor(key, obs_dim, action_dim, hidden_dims):
+    """π's parameters: a small last layer, and the trained scale and shift of log σ."""
+    params = init_mlp(key, obs_dim, (*hidden_dims, 2 * action_dim))
+    last = params[f"layers_{len(hidden_dims)}"]
+    last["kernel"] = 0.01 * nn.initializers.xavier_uniform()(key, last["kernel"].shape)
+    last["bias"] = jnp.zeros_like(last["bias"])
+    return params | {"log_std_multiplier": jnp.ones(()), "log_std_offset": -jnp.ones(())}
+
+
+def init_critic(key, in_dim, hidden_dims):
+    """Q's parameters: orthogonal, of gain √2 and 0.01 in the last layer, biases 0."""
+    params = init_mlp(key, in_dim, (*hidden_dims, 1), layer_norm=True)
+    layers = [params[f"layers_{i}"] for i in range(len(hidden_dims) + 1)]
+    gains = [2**0.5] * len(hidden_dims) + [0.01]
+    keys = jax.random.split(key, len(layers))
+    for layer_key, layer, gain in zip(keys, layers, gains, strict=True):
+        layer["kernel"] = nn.initializers.orthogonal(gain)(layer_key, layer["kernel"].shape)
+        layer["bias"] = jnp.zeros_like(layer["bias"])
+    return params
+
+
+def init_coefficient(key, obs_dim, hidden_dims):
+    """β_φ's parameters: Xavier-uniform, biases 0, the last 0.6931, at which 1.5 sigmoid is 1."""
+    params = init_mlp(key, obs_dim, (*hidden_dims, 1))
+    for layer_key, layer in zip(jax.random.split(key, len(params)), params.values(), strict=True):
+        layer["kernel"] = nn.initializers.xavier_uniform()(layer_key, layer["kernel"].shape)
+        layer["bias"] = jnp.zeros_like(layer["bias"])
+    layer["bias"] += 0.6931
+    return params
+
+
+def descend(loss, params, optimizer, opt_state, *args):
+    """One optimiser step down `loss(params, *args) -> (scalar, info)`."""
+    grads, info = jax.grad(loss, has_aux=True)(params, *args)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, info
+
+
+def over_seeds(one_seed, *args):
+    """vmap over the seed axis; one seed runs unbatched, as a batch of one slows XLA's CPU code."""
+    if len(jax.tree.leaves(args)[0]) == 1:
+        return jax.tree.map(lambda x: x[None], one_seed(*jax.tree.map(lambda x: x[0], args)))
+    return jax.vmap(one_seed)(*args)
+
+
+def take(data, rows):
+    """The transitions at `rows`, all of them within bounds."""
+    return jax.tree.map(lambda x: x.at[rows].get(mode="promise_in_bounds"), data)
+
+
+# --------------------------------------------------------------------- the trusted sub-dataset D̂
+
+
+def select_by_return(rewards, ends, return_threshold):
+    """D̂ for dense rewards: trajectories whose undiscounted return is above G_T. bool [N]."""
+    return np.repeat(episode_returns(rewards, ends) > return_threshold, episode_lengths(ends))
+
+
+def select_by_success(rewards, ends, fail_reward):
+    """D̂ for sparse rewards: trajectories whose last reward is not the failing one. bool [N]."""
+    return np.repeat(rewards[ends] != np.float32(fail_reward), episode_lengths(ends))
+
+
+class IQLState(NamedTuple):
+    """Implicit Q-learning, trained only to label D̂."""
+
+    value: dict
+    critic: tuple  # a pair
+    target_critic: tuple
+    value_opt: optax.OptState
+    critic_opt: optax.OptState
+    key: jax.Array
+
+
+iql_adam = optax.adam(3e-4)
+
+
+def iql_init(key, obs_dim, action_dim):
+    """One V and two Q of 2 x 256 units, without LayerNorm."""
+    key, value_key, critic_key = jax.random.split(key, 3)
+    value = init_mlp(value_key, obs_dim, (256, 256, 1))
+    pair = init_pair(critic_key, obs_dim + action_dim, (256, 256, 1))
+    target = jax.tree.map(jnp.copy, pair)
+    return IQLState(value, pair, target, iql_adam.init(value), iql_adam.init(pair), key)
+
+
+def iql_value_loss(params, state, batch, config):
+    """Expectile regression of V(s) on the target critics' min Q(s, a)."""
+    q = critics(state.target_critic, batch.obs, batch.action).min(axis=0)
+    error = q - forward(params, batch.obs)[..., 0]
+    weight = jnp.where(error > 0, config.expectile, 1 - config.expectile)
+    loss = (weight * jnp.square(error)).mean()
+    return loss, {"iql_value_loss": loss}
+
+
+def iql_critic_loss(params, next_value, batch, config):
+    """Regression of both Q(s, a) on r + γ (1 - d) V(s')."""
+    target = batch.reward + config.discount * (1 - batch.terminated) * next_value
+    loss = jnp.square(critics(params, batch.obs, batch.action) - target).mean()
+    return loss, {"iql_critic_loss": loss}
+
+
+def iql_step(state, batch, config):
+    """One IQL update: V, then Q with the V(s') from before V's step, then the targets."""
+    next_value = forward(state.value, batch.next_obs)[..., 0]
+    value, value_opt, info = descend(
+        iql_value_loss, state.value, iql_adam, state.value_opt, state, batch, config
+    )
+    pair, critic_opt, critic_info = descend(
+        iql_critic_loss, state.critic, iql_adam, state.critic_opt, next_value, batch, config
+    )
+    target = optax.incremental_update(pair, state.target_critic, config.target_update_rate)
+    state = IQLState(value, pair, target, value_opt, critic_opt, state.key)
+    return state, info | critic_info
+
+
+@partial(jax.jit, static_argnames=("config", "num_updates"), donate_argnames="state")
+def iql_interval(state, data, config, num_updates):
+    """`num_updates` IQL updates of every seed in one scan. state [S, ...] is donated."""
+
+    def one_seed(state):
+        key, index_key = jax.random.split(state.key)
+        shape = (num_updates, config.batch_size)
+        indices = jax.random.randint(index_key, shape, 0, len(data.reward))
+        body = lambda state, rows: iql_step(state, take(data, rows), config)
+        state, info = jax.lax.scan(body, state._replace(key=key), indices)
+        return state, jax.tree.map(jnp.mean, info)
+
+    return over_seeds(one_seed, state)
+
+
+@jax.jit
+def select_by_advantage(state, data):
+    """D̂ by IQL: rows with min(Q_1, Q_2)(s, a) >= V(s), not by the targets. bool [S, N]."""
+
+    def one_seed(state):
+        q = lambda t: critics(state.critic, t.obs, t.action).min(axis=0)
+        trusted = lambda t: q(t) >= forward(state.value, t.obs)[..., 0]
+        return jax.lax.map(trusted, data, batch_size=4096)
+
+    return over_seeds(one_seed, state)
+
+
+def label_by_iql(keys, data, config):
+    """Trains one IQL a seed for `iql_steps` updates and selects by its advantage. bool [S, N]."""
+    # Training splits the same keys: a tag that no split reaches keeps the two apart.
+    keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(keys)
+    state = jax.vmap(iql_init, in_axes=(0, None, None))(
+        keys, data.obs.shape[1], data.action.shape[1]
+    )
+    with progress(config.iql_steps, "iql") as bar:
+        while bar.n < config.iql_steps:
+            num_updates = min(5_000, config.iql_steps - bar.n)
+            state, info = iql_interval(state, data, config, num_updates)
+            bar.set_postfix({name: f"{value.mean():.3g}" for name, value in info.items()})
+            bar.update(num_updates)
+    return np.asarray(select_by_advantage(state, data))
+
+
+def select_trusted(data, ends, keys, data_fingerprint, config):
+    """D̂ as `config.selection` builds it: bool [S, N]. Raises InputError when it is empty."""
+    rewards = np.asarray(data.reward)
+    if config.coefficient == "fixed":
+        trusted = np.ones(len(rewards), bool)  # plain CQL regularises everywhere
+    elif config.selection == "iql":
+        name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
+        name += ["updates", config.iql_steps, config.batch_size]
+        name += ["rates", config.discount, config.target_update_rate]
+        trusted = cached_labels(config.cache_dir, name, lambda: label_by_iql(keys, data, config))
+    elif config.selection == "return":
+        trusted = select_by_return(rewards, ends, config.return_threshold)
+    elif config.selection == "success":
+        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)
+    else:
+        trusted = np.ones(len(rewards), bool)
+    if not trusted.any(axis=-1).all():
+        best, bound = episode_returns(rewards, ends).max(), config.return_threshold
+        mend = {
+            "return": f"lower --config.return_threshold={bound} below the best return, {best:.1f}",
+            "success": f"no episode ends in another reward than {config.reward_bias}",
+            "iql": "lower --config.expectile or raise --config.iql_steps",
+        }
+        raise InputError(
+            f"selection={config.selection} trusts nothing in {config.dataset}: "
+            f"{mend[config.selection]}, or choose another --config.selection"
+        )
+    return np.broadcast_to(trusted, (config.num_seeds, len(rewards)))
+
+
+# ---------------------------------------------------------------------------------------- losses
+
+
+def actor_loss(params, state, batch, noise, config):
+    """Soft actor-critic's loss, and AntMaze's cloning term. Also gives π(·|s) and log π(ã|s)."""
+    distribution = actor(params, batch.obs)
+    action, log_prob = (x[:, 0] for x in sample(distribution, noise.policy[:, None]))
+    q = critics(state.critic, batch.obs, action).min(axis=0)  # [B]
+    squared_error = jnp.square(action - batch.action).sum(axis=-1)
+    chex.assert_equal_shape([q, log_prob, squared_error])
+    loss = jnp.exp(state.log_alpha) * log_prob - q + config.bc_weight * squared_error
+    info = {"actor_loss": loss.mean(), "entropy": -log_prob.mean(), "policy": distribution}
+    return loss.mean(), info
+
+
+def entropy_loss(log_alpha, entropy, batch):
+    """Raises α while the entropy is below -|A|."""
+    return log_alpha * (entropy + batch.action.shape[-1]), {"alpha": jnp.exp(log_alpha)}
+
+
+def critic_loss(params, state, batch, noise, policy, weight, config):
+    """TD error of both critics, and CQL's regulariser, weighted by `weight` [B]."""
+    next_policy = actor(state.actor, batch.next_obs)
+    next_action, next_log_prob = sample(next_policy, noise.target_action)  # [B, M, A], [B, M]
+    next_q = critics(state.target_critic, batch.next_obs, next_action).min(axis=0)  # [B, M]
+    best = next_q.argmax(axis=1, keepdims=True)
+    if config.backup_entropy:
+        next_q -= jnp.exp(state.log_alpha) * next_log_prob
+    next_q = jnp.take_along_axis(next_q, best, axis=1)[:, 0]
+    target = batch.reward + config.discount * (1 - batch.terminated) * next_q  # [B]
+    q = critics(params, batch.obs, batch.action)  # [2, B]
+    chex.assert_equal_shape([target, q[0], weight])
+    td_loss = jnp.square(q - target).mean(axis=1).sum()
+
+    samples, log_prob = sampled_actions(policy, next_policy, noise)
+    rows = (batch.obs, batch.action, samples, log_prob, weight)
+    penalty = sum_in_blocks(partial(regulariser, config=config), config, params, rows)
+    penalty /= len(weight)
+    loss = td_loss + multiplier(state.log_alpha_prime, config) * penalty
+    info = {"critic_loss": loss, "td_loss": td_loss, "regulariser": penalty, "q1": q[0].mean()}
+    return loss, info
+
+
+def sampled_actions(policy, next_policy, noise):
+    """Uniform actions, those of π(·|s') and of π(·|s): [B, 3K, A], and log-densities [B, 3K]."""
+    next_action, next_log_prob = sample(next_policy, noise.next_action)
+    action, log_prob = sample(policy, noise.current_action)
+    uniform_log_prob = jnp.full_like(log_prob, action.shape[-1] * jnp.log(0.5))
+    actions = jnp.concatenate([noise.random_action, next_action, action], axis=1)
+    return actions, jnp.concatenate([uniform_log_prob, next_log_prob, log_prob], axis=1)
+
+
+def regulariser(params, obs, action, samples, log_prob, weight, config):
+    """Σ weight (log Σ exp Q - Q(s, a)) over rows and critics, less the gap if lagrange."""
+    q = critics(params, obs, jnp.concatenate([action[:, None], samples], axis=1))  # [2, b, 1 + 3K]
+    # Without importance sampling, the data's action counts as one more sample.
+    scores = q[..., 1:] - log_prob if config.importance_sample else q
+    temperature = config.cql_temperature
+    soft_max = temperature * nn.logsumexp(scores / temperature, axis=-1)
+    difference = jnp.clip(soft_max - q[..., 0], config.clip_diff_min, config.clip_diff_max)
+    return (weight * (difference - (config.target_action_gap if config.lagrange else 0))).sum()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sum_in_blocks(loss, config, params, rows):
+    """Σ loss(params, *rows) over the rows of weight (the last of `rows`) other than 0.
+
+    Exact, as the others add nothing, and in blocks that a CPU's cache can hold.
+    """
+    return block_gradients(loss, config, params, rows)[0]
+
+
+def block_gradients(loss, config, params, rows):
+    """The sum, and its gradient in `params`."""
+    weight, size = rows[-1], config.block_size
+    num_rows = -(-len(weight) // size) * size
+    chosen = jnp.nonzero(weight, size=num_rows, fill_value=len(weight))[0].reshape(-1, size)
+
+    def add_block(i, total):
+        block = [x.at[chosen[i]].get(mode="fill", fill_value=0) for x in rows]
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *block))
+
+    zero = (jnp.zeros((), weight.dtype), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.fori_loop(0, -(-jnp.count_nonzero(weight) // size), add_block, zero)
+
+
+sum_in_blocks.defvjp(
+    block_gradients,
+    lambda loss, config, grads, scale: (jax.tree.map(lambda g: scale * g, grads), None),
+)
+
+
+def multiplier(log_alpha_prime, config):
+    """α', or 1 without lagrange."""
+    return jnp.clip(jnp.exp(log_alpha_prime), 0, 1e6) if config.lagrange else 1.0
+
+
+def multiplier_loss(log_alpha_prime, penalty, config):
+    """Raises α' while the regulariser exceeds its gap."""
+    alpha_prime = multiplier(log_alpha_prime, config)
+    return -alpha_prime * penalty / 2, {"alpha_prime": alpha_prime}
+
+
+def log_likelihood_margin(params, batch, threshold):
+    """log π(a|s) - C_n(s), mean of the action dimensions, log π floored at C_10: [B] (Eq. 6)."""
+    mean, log_std = actor(params, batch.obs)
+    # In units of σ from μ, which float32 resolves for any σ.
+    to_unit = lambda a: (jnp.arctanh(jnp.clip(a, -0.99999, 0.99999)) - mean) / jnp.exp(log_std)
+
+    def log_density_away(n):
+        low, high = to_unit(jnp.tanh(mean) - 0.1 * n), to_unit(jnp.tanh(mean) + 0.1 * n)
+        sides = [log_density((mean, log_std), jnp.clip(unit, low, high)) for unit in (n, -n)]
+        return jnp.minimum(*sides)
+
+    log_prob = log_density((mean, log_std), to_unit(batch.action))  # [B, A]
+    floored = jnp.maximum(log_prob, log_density_away(10))
+    return (floored - log_density_away(threshold.n)).mean(axis=-1)
+
+
+def coefficient_loss(params, batch, margin, rows, config):
+    """Lowers β_φ where the margin [B] is positive and raises it where negative (Eq. 5, 9)."""
+    beta = coefficient(params, batch.obs, config)
+    chex.assert_equal_shape([beta, margin, rows])
+    return (margin * rows * beta).mean(), {}
+
+
+def update_threshold(threshold, margin, rows, step, config):
+    """Widens C_n every T_inc updates until the mean margin of `rows` is positive (Sec. 3.2)."""
+    check = (step % config.update_period == 0) & (threshold.stopped_at < 0)
+    passed = (margin * rows).sum() > 0  # the sign of their mean; no rows do not pass
+    wider = jnp.minimum(threshold.n + (config.n_end - config.n_start) / 10, config.n_end)
+    return Threshold(
+        n=jnp.where(check & ~passed, wider, threshold.n),
+        stopped_at=jnp.where(check & passed, step, threshold.stopped_at),
+    )
+
+
+def anneal_factor(online_step, config):
+    """What the frozen β_φ is multiplied with after N online updates: from 1 at 0 to 0 at N_end."""
+    if config.anneal == "none" or config.decay_steps <= 0:
+        return 1.0
+    done = jnp.clip(jnp.asarray(online_step, float) / config.decay_steps, 0, 1)
+    return 1 - done if config.anneal == "linear" else jnp.cos(done * jnp.pi / 2)
+
+
+# -------------------------------------------------------------------------- state and its update
+
+
+def optimizers(config):
+    """Adam for actor, critics and β_φ; β_φ's gradient is clipped to norm 0.5 as PyTorch clips."""
+    factor = lambda grads: jnp.minimum(1, 0.5 / (optax.tree.norm(grads) + 1e-6))
+    clip = optax.stateless(lambda grads, _: optax.tree.scale(factor(grads), grads))
+    beta_adam = optax.chain(clip, optax.adam(config.coefficient_lr))
+    return optax.adam(config.actor_lr), optax.adam(config.critic_lr), beta_adam
+
+
+def init_state(key, obs_dim, action_dim, config):
+    """One seed before its first update. Targets are copies: donation overwrites both."""
+    key, actor_key, critic_key, beta_key = jax.random.split(key, 4)
+    policy = init_actor(actor_key, obs_dim, action_dim, config.hidden_dims)
+    pair = tuple(
+        init_critic(critic_key, obs_dim + action_dim, (config.hidden_dims[0],) * layers)
+        for critic_key, layers in zip(
+            jax.random.split(critic_key), config.critic_layers, strict=True
+        )
+    )
+    beta = init_coefficient(beta_key, obs_dim, config.coefficient_hidden_dims)
+    log_alpha, log_alpha_prime = jnp.zeros(()), jnp.ones(())
+    actor_adam, critic_adam, beta_adam = optimizers(config)
+    return TrainState(
+        actor=policy,
+        critic=pair,
+        target_critic=jax.tree.map(jnp.copy, pair),
+        coefficient=beta,
+        log_alpha=log_alpha,
+        log_alpha_prime=log_alpha_prime,
+        actor_opt=actor_adam.init(policy),
+        critic_opt=critic_adam.init(pair),
+        coefficient_opt=beta_adam.init(beta),
+        log_alpha_opt=actor_adam.init(log_alpha),
+        log_alpha_prime_opt=critic_adam.init(log_alpha_prime),
+        threshold=Threshold(n=jnp.asarray(config.n_start, float), stopped_at=jnp.int32(-1)),
+        step=jnp.int32(0),
+        online_step=jnp.int32(0),
+        key=key,
+    )
+
+
+def sample_noise(key, batch, config):
+    """The random numbers of one update."""
+    (rows, action_dim), samples = batch.action.shape, config.num_sampled_actions
+    many = (rows, samples, action_dim)
+    next_actions = (rows, samples if config.max_target_backup else 1, action_dim)
+    keys = jax.random.split(key, 5)
+    return Noise(
+        policy=jax.random.normal(keys[0], batch.action.shape),
+        target_action=jax.random.normal(keys[1], next_actions),
+        random_action=jax.random.uniform(keys[2], many, minval=-1),
+        current_action=jax.random.normal(keys[3], many),
+        next_action=jax.random.normal(keys[4], many),
+    )
+
+
+def update_step(state, batch, noise, config, *, online=False):
+    """One update: actor and α, critics and α', then β_φ and threshold unless online, targets.
+
+    online: whether β_φ and n are frozen and β_φ annealed, static.
+    Returns the new state and scalars.
+    """
+    state = state._replace(step=state.step + 1, online_step=state.online_step + online)
+    actor_adam, critic_adam, _ = optimizers(config)
+    everywhere = jnp.ones_like(batch.trusted)
+
+    # --- actor and α: against the critics before their step ---
+    policy, actor_opt, info = descend(
+        actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, noise, config
+    )
+    distribution = info.pop("policy")
+    log_alpha, log_alpha_opt, alpha_info = descend(
+        entropy_loss, state.log_alpha, actor_adam, state.log_alpha_opt, info["entropy"], batch
+    )
+
+    # --- critics and α': weighted by β_φ, on D̂ alone if loosen_bound; the actor before its step ---
+    if config.coefficient == "adaptive":
+        beta = coefficient(state.coefficient, batch.obs, config)
+        regularised = batch.trusted if config.loosen_bound else everywhere
+    else:
+        beta, regularised = config.coefficient_init * everywhere, everywhere
+    weight = beta * regularised * (anneal_factor(state.online_step, config) if online else 1)
+    pair, critic_opt, critic_info = descend(
+        critic_loss, state.critic, critic_adam, state.critic_opt,
+        state, batch, noise, distribution, weight, config,
+    )  # fmt: skip
+    log_alpha_prime, log_alpha_prime_opt = state.log_alpha_prime, state.log_alpha_prime_opt
+    if config.lagrange:
+        log_alpha_prime, log_alpha_prime_opt, prime_info = descend(
+            multiplier_loss, log_alpha_prime, critic_adam, log_alpha_prime_opt,
+            critic_info["regulariser"], config,
+        )  # fmt: skip
+        info |= prime_info
+
+    state = state._replace(
+        actor=policy,
+        actor_opt=actor_opt,
+        log_alpha=log_alpha,
+        log_alpha_opt=log_alpha_opt,
+        critic=pair,
+        critic_opt=critic_opt,
+        log_alpha_prime=log_alpha_prime,
+        log_alpha_prime_opt=log_alpha_prime_opt,
+    )
+    state, coefficient_info = update_coefficient(state, batch, beta, regularised, config, online)
+    return state, info | alpha_info | critic_info | coefficient_info
+
+
+def update_coefficient(state, batch, beta, regularised, config, online):
+    """β_φ and the threshold unless online, then the targets."""
+    _, _, beta_adam = optimizers(config)
+
+    # --- β_φ and threshold: with the actor after its step, and the old n ---
+    margin = log_likelihood_margin(state.actor, batch, state.threshold)
+    rows = batch.trusted if config.select_actions else jnp.ones_like(batch.trusted)
+    if config.coefficient == "adaptive" and not online:
+        beta_params, beta_opt, _ = descend(
+            coefficient_loss, state.coefficient, beta_adam, state.coefficient_opt,
+            batch, margin, rows, config,
+        )  # fmt: skip
+        threshold = update_threshold(state.threshold, margin, rows, state.step, config)
+        state = state._replace(
+            coefficient=beta_params, coefficient_opt=beta_opt, threshold=threshold
+        )
+
+    # --- targets ---
+    rate = config.target_update_rate
+    state = state._replace(
+        target_critic=optax.incremental_update(state.critic, state.target_critic, rate)
+    )
+    regularised = jnp.where(regularised.any(), regularised, jnp.ones_like(regularised)) > 0
+    return state, {
+        "beta_min": beta.min(where=regularised, initial=jnp.inf),
+        "beta_mean": beta.mean(where=regularised),
+        "beta_max": beta.max(where=regularised, initial=0),
+        "margin": margin.mean(),
+        "trusted_margin": (margin * rows).sum() / jnp.maximum(rows.sum(), 1),
+        "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),
+        "trusted_fraction": batch.trusted.mean(),
+    }
+
+
+# --------------------------------------------------------------------------- training and acting
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def train_interval(state, data, config):
+    """`eval_interval` updates of every seed as one scan, with sampling and noise on the device.
+
+    state: TrainState [S, ...], donated. data: Transition [N, ...], its `trusted` [S, N].
+    Returns the state and the interval's mean of every metric, [S] each; n is the last.
+    """
+
+    def one_seed(state, trusted):
+        rows_of_seed = data._replace(trusted=trusted)
+        key, index_key, noise_key = jax.random.split(state.key, 3)
+        shape = (config.eval_interval,)
+        indices = jax.random.randint(index_key, (*shape, config.batch_size), 0, len(data.reward))
+
+        def body(state, draws):
+            rows, key = draws
+            batch = take(rows_of_seed, rows)
+            noise = sample_noise(key, batch, config)
+            return update_step(state, batch, noise, config)
+
+        draws = (indices, jax.random.split(noise_key, shape))
+        state, infos = jax.lax.scan(body, state._replace(key=key), draws)
+        return state, jax.tree.map(jnp.mean, infos) | {"n": state.threshold.n}
+
+    return over_seeds(one_seed, state, data.trusted)
+
+
+@jax.jit
+def act(actor_params, observations):
+    """The mean policy of every seed: parameters [S, ...], standardised [S, E, O] -> [S, E, A]."""
+    mean, _ = jax.vmap(actor)(actor_params, observations)
+    return jnp.tanh(mean)
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def load_data(dataset, config):
+    """The data set on the device, D̂ still unknown, and its observation normalizer."""
+    normalizer = fit_normalizer(dataset.observations, config.normalize_observations)
+    data = Transition(
+        obs=normalizer(dataset.observations),
+        action=dataset.actions.clip(-1 + 1e-4, 1 - 1e-4),
+        reward=config.reward_scale * dataset.rewards + np.float32(config.reward_bias),
+        next_obs=normalizer(dataset.next_observations),
+        terminated=dataset.terminals.astype(np.float32),
+        trusted=None,
+    )
+    return jax.tree.map(jnp.asarray, data), normalizer
+
+
+def main(config, workdir=None):
+    """Trains and evaluates `num_seeds` seeds, writes the run folder and returns its results.json.
+
+    Raises InputError when settings or data cannot be used: before anything is compiled or written,
+    but for an IQL that trusts no row, which shows when it is trained.
+    """
+    started = time.perf_counter()
+    config = ml_collections.FrozenConfigDict(config)
+    workdir = workdir or f"runs/ssar_cql/{config.task}/{config.seed}"
+    check_config(config)
+    check_workdir(workdir)
+    dataset = load_dataset(config.dataset, config.dataset_path, config.env)
+    evaluate = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
+
+    # --- the data, and the part of it that β_φ may trust ---
+    data, normalizer = load_data(dataset, config)
+    keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.num_seeds)])
+    data_fingerprint = fingerprint(data)
+    trusted = select_trusted(data, dataset.episode_ends, keys, data_fingerprint, config)
+    log = RunLog("ssar_cql", workdir, config, dataset, trusted, data_fingerprint)
+    data = data._replace(trusted=jnp.asarray(trusted, jnp.float32))
+
+    # --- offline: compiled intervals, an evaluation after each ---
+    obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
+    state = jax.vmap(init_state, in_axes=(0, None, None, None))(keys, obs_dim, action_dim, config)
+    with log.compiling():
+        train = train_interval.lower(state, data, config=config).compile()
+    with progress(config.offline_steps, "offline") as bar:
+        for step in range(config.eval_interval, config.offline_steps + 1, config.eval_interval):
+            with log.training(config.eval_interval):
+                state, info = jax.block_until_ready(train(state, data))
+            episodes = evaluate(act, state.actor, normalizer)
+            log.interval("offline", step, episodes, info)
+            bar.set_postfix(log.headline())
+            bar.update(config.eval_interval)
+
+    save_checkpoint(log.workdir, {"state": state, "normalizer": normalizer._asdict()})
+    return log.finish(state.threshold.stopped_at, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    run(main, "ssar_cql")
