@@ -464,7 +464,8 @@ def sum_in_blocks(loss, config, params, rows):
 
 def block_gradients(loss, config, params, rows):
     """The sum, and its gradient in `params`."""
-    weight, size = rows[-1], config.block_size
+    weight = rows[-1]
+    size = min(config.block_size, len(weight))
     num_rows = -(-len(weight) // size) * size
     chosen = jnp.nonzero(weight, size=num_rows, fill_value=len(weight))[0].reshape(-1, size)
 
