@@ -364,7 +364,7 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
     """D̂ as `config.selection` builds it: bool [S, N]. Raises InputError when it is empty."""
     rewards = np.asarray(data.reward)
     if config.coefficient == "fixed":
-        trusted = np.ones(len(rewards), bool)  # plain CQL regularises everywhere
+        trusted = np.ones(len(rewards), bool)  # the plain algorithm regularises everywhere
     elif config.selection == "iql":
         name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
         name += ["updates", config.iql_steps, config.batch_size]
@@ -393,23 +393,6 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
 # ---------------------------------------------------------------------------------------- losses
 
 
-def actor_loss(params, state, batch, noise, config):
-    """Soft actor-critic's loss, and AntMaze's cloning term. Also gives π(·|s) and log π(ã|s)."""
-    distribution = actor(params, batch.obs)
-    action, log_prob = (x[:, 0] for x in sample(distribution, noise.policy[:, None]))
-    q = critics(state.critic, batch.obs, action).min(axis=0)  # [B]
-    squared_error = jnp.square(action - batch.action).sum(axis=-1)
-    chex.assert_equal_shape([q, log_prob, squared_error])
-    loss = jnp.exp(state.log_alpha) * log_prob - q + config.bc_weight * squared_error
-    info = {"actor_loss": loss.mean(), "entropy": -log_prob.mean(), "policy": distribution}
-    return loss.mean(), info
-
-
-def entropy_loss(log_alpha, entropy, batch):
-    """Raises α while the entropy is below -|A|."""
-    return log_alpha * (entropy + batch.action.shape[-1]), {"alpha": jnp.exp(log_alpha)}
-
-
 def critic_loss(params, state, batch, noise, policy, weight, config):
     """TD error of both critics, and CQL's regulariser, weighted by `weight` [B]."""
     next_policy = actor(state.actor, batch.next_obs)
@@ -426,7 +409,7 @@ def critic_loss(params, state, batch, noise, policy, weight, config):
 
     samples, log_prob = sampled_actions(policy, next_policy, noise)
     rows = (batch.obs, batch.action, samples, log_prob, weight)
-    penalty = sum_in_blocks(partial(regulariser, config=config), config, params, rows)
+    penalty = sum_in_blocks(partial(regulariser, config=config), config.block_size, params, rows)
     penalty /= len(weight)
     loss = td_loss + multiplier(state.log_alpha_prime, config) * penalty
     info = {"critic_loss": loss, "td_loss": td_loss, "regulariser": penalty, "q1": q[0].mean()}
@@ -454,20 +437,22 @@ def regulariser(params, obs, action, samples, log_prob, weight, config):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def sum_in_blocks(loss, config, params, rows):
-    """Σ loss(params, *rows) over the rows of weight (the last of `rows`) other than 0.
+def sum_in_blocks(loss, block_size, params, rows):
+    """loss(params, *rows), a sum over rows, of those rows alone whose weight, the last, is not 0.
 
-    Exact, as the others add nothing, and in blocks that a CPU's cache can hold.
+    Exact, as the others add nothing. Goes block by block, gradients included: a CPU's cache holds
+    a block, and blocks without a row are not computed.
     """
-    return block_gradients(loss, config, params, rows)[0]
+    return block_gradients(loss, block_size, params, rows)[0]
 
 
-def block_gradients(loss, config, params, rows):
+def block_gradients(loss, block_size, params, rows):
     """The sum, and its gradient in `params`."""
     weight = rows[-1]
-    size = min(config.block_size, len(weight))
-    num_rows = -(-len(weight) // size) * size
-    chosen = jnp.nonzero(weight, size=num_rows, fill_value=len(weight))[0].reshape(-1, size)
+    size = min(block_size, len(weight))
+    num_blocks = -(-len(weight) // size)
+    chosen = jnp.nonzero(weight, size=num_blocks * size, fill_value=len(weight))[0]
+    chosen = chosen.reshape(num_blocks, size)  # rows of weight first, then rows out of bounds
 
     def add_block(i, total):
         block = [x.at[chosen[i]].get(mode="fill", fill_value=0) for x in rows]
@@ -479,7 +464,7 @@ def block_gradients(loss, config, params, rows):
 
 sum_in_blocks.defvjp(
     block_gradients,
-    lambda loss, config, grads, scale: (jax.tree.map(lambda g: scale * g, grads), None),
+    lambda loss, block_size, grads, scale: (jax.tree.map(lambda g: scale * g, grads), None),
 )
 
 
@@ -492,6 +477,23 @@ def multiplier_loss(log_alpha_prime, penalty, config):
     """Raises α' while the regulariser exceeds its gap."""
     alpha_prime = multiplier(log_alpha_prime, config)
     return -alpha_prime * penalty / 2, {"alpha_prime": alpha_prime}
+
+
+def actor_loss(params, state, batch, noise, config):
+    """Soft actor-critic's loss, and AntMaze's cloning term. Also gives π(·|s) and log π(ã|s)."""
+    distribution = actor(params, batch.obs)
+    action, log_prob = (x[:, 0] for x in sample(distribution, noise.policy[:, None]))
+    q = critics(state.critic, batch.obs, action).min(axis=0)  # [B]
+    squared_error = jnp.square(action - batch.action).sum(axis=-1)
+    chex.assert_equal_shape([q, log_prob, squared_error])
+    loss = jnp.exp(state.log_alpha) * log_prob - q + config.bc_weight * squared_error
+    info = {"actor_loss": loss.mean(), "entropy": -log_prob.mean(), "policy": distribution}
+    return loss.mean(), info
+
+
+def entropy_loss(log_alpha, entropy, batch):
+    """Raises α while the entropy is below -|A|."""
+    return log_alpha * (entropy + batch.action.shape[-1]), {"alpha": jnp.exp(log_alpha)}
 
 
 def log_likelihood_margin(params, batch, threshold):
@@ -624,14 +626,6 @@ def update_step(state, batch, noise, config, *, online=False):
         critic_loss, state.critic, critic_adam, state.critic_opt,
         state, batch, noise, distribution, weight, config,
     )  # fmt: skip
-    log_alpha_prime, log_alpha_prime_opt = state.log_alpha_prime, state.log_alpha_prime_opt
-    if config.lagrange:
-        log_alpha_prime, log_alpha_prime_opt, prime_info = descend(
-            multiplier_loss, log_alpha_prime, critic_adam, log_alpha_prime_opt,
-            critic_info["regulariser"], config,
-        )  # fmt: skip
-        info |= prime_info
-
     state = state._replace(
         actor=policy,
         actor_opt=actor_opt,
@@ -639,11 +633,20 @@ def update_step(state, batch, noise, config, *, online=False):
         log_alpha_opt=log_alpha_opt,
         critic=pair,
         critic_opt=critic_opt,
-        log_alpha_prime=log_alpha_prime,
-        log_alpha_prime_opt=log_alpha_prime_opt,
     )
+    info |= alpha_info | critic_info
+    if config.lagrange:
+        log_alpha_prime, log_alpha_prime_opt, multiplier_info = descend(
+            multiplier_loss, state.log_alpha_prime, critic_adam, state.log_alpha_prime_opt,
+            info["regulariser"], config,
+        )  # fmt: skip
+        state = state._replace(
+            log_alpha_prime=log_alpha_prime, log_alpha_prime_opt=log_alpha_prime_opt
+        )
+        info |= multiplier_info
+
     state, coefficient_info = update_coefficient(state, batch, beta, regularised, config, online)
-    return state, info | alpha_info | critic_info | coefficient_info
+    return state, info | coefficient_info
 
 
 def update_coefficient(state, batch, beta, regularised, config, online):

@@ -309,7 +309,7 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
     """D̂ as `config.selection` builds it: bool [S, N]. Raises InputError when it is empty."""
     rewards = np.asarray(data.reward)
     if config.coefficient == "fixed":
-        trusted = np.ones(len(rewards), bool)  # plain TD3+BC regularises everywhere
+        trusted = np.ones(len(rewards), bool)  # the plain algorithm regularises everywhere
     elif config.selection == "iql":
         name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
         name += ["updates", config.iql_steps, config.batch_size]
@@ -470,10 +470,10 @@ def update_policy(state, batch, config, online):
     # --- actor: cloning, weighted by β_φ, on D̂ alone if loosen_bound ---
     if adaptive:
         beta = coefficient(state.coefficient, batch.obs, config)
-        cloned = batch.trusted if config.loosen_bound else everywhere
+        regularised = batch.trusted if config.loosen_bound else everywhere
     else:
-        beta, cloned = config.coefficient_init * everywhere, everywhere
-    weight = beta * cloned * (anneal_factor(state.online_step, config) if online else 1)
+        beta, regularised = config.coefficient_init * everywhere, everywhere
+    weight = beta * regularised * (anneal_factor(state.online_step, config) if online else 1)
     policy, actor_opt, info = descend(
         actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, weight, config
     )
@@ -499,11 +499,11 @@ def update_policy(state, batch, config, online):
         target_actor=optax.incremental_update(policy, state.target_actor, rate),
         target_critic=optax.incremental_update(state.critic, state.target_critic, rate),
     )
-    cloned = jnp.where(cloned.any(), cloned, everywhere) > 0
+    regularised = jnp.where(regularised.any(), regularised, everywhere) > 0
     return state, info | {
-        "beta_min": beta.min(where=cloned, initial=jnp.inf),
-        "beta_mean": beta.mean(where=cloned),
-        "beta_max": beta.max(where=cloned, initial=0),
+        "beta_min": beta.min(where=regularised, initial=jnp.inf),
+        "beta_mean": beta.mean(where=regularised),
+        "beta_max": beta.max(where=regularised, initial=0),
         "margin": margin.mean(),
         "trusted_margin": (margin * rows).sum() / jnp.maximum(rows.sum(), 1),
         "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),

@@ -13,7 +13,7 @@ CHOICES = {
     "anneal": ("linear", "cosine", "none"),
 }
 AT_LEAST_ONE = """num_seeds offline_steps eval_interval eval_episodes batch_size policy_freq
-    update_period iql_steps""".split()
+    update_period iql_steps num_sampled_actions block_size""".split()
 RANGES = {
     "discount": (0, 1),
     "target_update_rate": (0, 1),
@@ -25,6 +25,9 @@ RANGES = {
     "policy_noise": (0, float("inf")),
     "noise_clip": (0, float("inf")),
     "expl_noise": (0, float("inf")),
+    "cql_temperature": (1e-6, float("inf")),
+    "target_action_gap": (-float("inf"), float("inf")),
+    "bc_weight": (0, float("inf")),
     "n_start": (0, float("inf")),
     "reward_scale": (-float("inf"), float("inf")),
     "reward_bias": (-float("inf"), float("inf")),
@@ -51,6 +54,12 @@ def check_config(config) -> None:
     for field in WIDTHS:
         if not config[field] or not all(isinstance(w, int) and w > 0 for w in config[field]):
             refuse(field, "must be layer widths such as (256,256)")
+    if "critic_layers" in config:
+        layers = config.critic_layers
+        if len(layers) != 2 or not all(isinstance(n, int) and n > 0 for n in layers):
+            refuse("critic_layers", "must be the hidden layers of two critics such as (3,3)")
+        if not config.clip_diff_min < config.clip_diff_max:
+            refuse("clip_diff_min", f"must be below --config.clip_diff_max={config.clip_diff_max}")
     for field, divisor in MULTIPLES:
         if divisor in config and config[field] % config[divisor]:
             refuse(field, f"must be a multiple of --config.{divisor}={config[divisor]}")

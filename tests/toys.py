@@ -1,5 +1,6 @@
 """Small data, settings and an environment that tests can reason about."""
 
+import importlib
 import os
 
 import gymnasium
@@ -10,8 +11,7 @@ import ml_collections
 import numpy as np
 from conftest import SCRATCH
 
-import ssar_td3bc as ssar
-from configs.ssar_td3bc import get_config
+import ssar_td3bc
 
 OBS, ACTION = 4, 2
 
@@ -100,9 +100,9 @@ def write_hdf5(path, **columns):
     return str(path)
 
 
-def tiny_config(path=None, **overrides):
+def tiny_config(path=None, script="ssar_td3bc", **overrides):
     """Settings that train in a second."""
-    config = get_config()
+    config = importlib.import_module(f"configs.{script}").get_config()
     config.update(
         task="toy",
         dataset="toy",
@@ -120,6 +120,8 @@ def tiny_config(path=None, **overrides):
         iql_steps=30,
         cache_dir=os.path.join(SCRATCH, "cache"),
     )
+    if script == "ssar_cql":
+        config.update(hidden_dims=(16, 16, 16), num_sampled_actions=3, block_size=8)
     if path:
         config.dataset_path = str(path)
     config.update(overrides)
@@ -134,7 +136,7 @@ def toy_batch(seed=0, rows=32, trusted=None):
     """A random batch; `trusted` is a 0/1 sequence, by default about half of the rows."""
     rng = np.random.default_rng(seed)
     trusted = rng.random(rows) < 0.5 if trusted is None else trusted
-    return ssar.Transition(
+    return ssar_td3bc.Transition(
         obs=jnp.asarray(rng.standard_normal((rows, OBS)), jnp.float32),
         action=jnp.asarray(np.tanh(rng.standard_normal((rows, ACTION))), jnp.float32),
         reward=jnp.asarray(rng.standard_normal(rows), jnp.float32),
@@ -144,10 +146,10 @@ def toy_batch(seed=0, rows=32, trusted=None):
     )
 
 
-def toy_states(config, seeds):
+def toy_states(config, seeds, script=ssar_td3bc):
     """TrainState [S, ...] of the given seeds."""
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return jax.vmap(ssar.init_state, in_axes=(0, None, None, None))(keys, OBS, ACTION, config)
+    return jax.vmap(script.init_state, in_axes=(0, None, None, None))(keys, OBS, ACTION, config)
 
 
 def arrays(tree):
