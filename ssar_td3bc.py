@@ -213,8 +213,8 @@ class IQLState(NamedTuple):
     """Implicit Q-learning, trained only to label D̂."""
 
     value: dict
-    critic: dict  # a pair, stacked
-    target_critic: dict
+    critic: chex.ArrayTree  # a pair
+    target_critic: chex.ArrayTree
     value_opt: optax.OptState
     critic_opt: optax.OptState
     key: jax.Array
@@ -390,7 +390,7 @@ def anneal_factor(online_step, config):
     if config.anneal == "none" or config.decay_steps <= 0:
         return 1.0
     done = jnp.clip(jnp.asarray(online_step, float) / config.decay_steps, 0, 1)
-    return 1 - done if config.anneal == "linear" else jnp.cos(done * jnp.pi / 2)
+    return 1 - done if config.anneal == "linear" else jnp.maximum(jnp.cos(done * jnp.pi / 2), 0)
 
 
 # -------------------------------------------------------------------------- state and its update

@@ -13,4 +13,5 @@ SCRATCH = tempfile.mkdtemp(prefix="ssar-tests-")
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 os.environ["MINARI_DATASETS_PATH"] = os.path.join(SCRATCH, "minari")
 os.environ["JAX_PLATFORMS"] = "cpu"  # golden numbers and bitwise comparisons are the CPU's
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(SCRATCH, "jax")  # runs are repeated
 os.makedirs(os.environ["MINARI_DATASETS_PATH"])

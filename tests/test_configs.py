@@ -5,7 +5,7 @@ import pytest
 from toys import tiny_config
 
 from common.checks import InputError, check_config
-from configs.ssar_td3bc import TASKS, get_config
+from configs import ssar_cql, ssar_td3bc
 
 # n_start, n_end, selection, G_T or expectile, loosen_bound: as the authors ran TD3+BC(SA)
 AUTHORS = """
@@ -28,13 +28,37 @@ antmaze-medium-diverse-v2     5 5   success -     no
 antmaze-large-play-v2         5 5   success -     no
 antmaze-large-diverse-v2      5 5   success -     no
 """
-ROWS = [line.split() for line in AUTHORS.strip().splitlines()]
+AUTHORS_CQL = """
+halfcheetah-medium-v2         1 3   return  6000  yes
+halfcheetah-medium-replay-v2  1 3   return  6000  yes
+halfcheetah-medium-expert-v2  1 3   return  11000 yes
+halfcheetah-expert-v2         1 3   return  11000 yes
+hopper-medium-v2              1 3   return  2500  yes
+hopper-medium-replay-v2       1 3   iql     0.7   yes
+hopper-medium-expert-v2       1 1.5 iql     0.5   yes
+hopper-expert-v2              1 1.5 return  3500  yes
+walker2d-medium-v2            1 3   return  3600  yes
+walker2d-medium-replay-v2     1 3   iql     0.7   yes
+walker2d-medium-expert-v2     1 3   iql     0.7   yes
+walker2d-expert-v2            1 3   return  4800  yes
+antmaze-umaze-v2              1 5   success -     no
+antmaze-umaze-diverse-v2      1 3   success -     no
+antmaze-medium-play-v2        5 5   success -     no
+antmaze-medium-diverse-v2     5 5   success -     no
+antmaze-large-play-v2         5 5   success -     no
+antmaze-large-diverse-v2      5 5   success -     no
+"""
+ROWS = [
+    (script, *line.split())
+    for script, table in ((ssar_td3bc, AUTHORS), (ssar_cql, AUTHORS_CQL))
+    for line in table.strip().splitlines()
+]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0].__name__[8:]}-{row[1]}")
 def test_tasks_are_the_authors(row):
-    task, n_start, n_end, selection, value, loosen = row
-    config = get_config(task)
+    script, task, n_start, n_end, selection, value, loosen = row
+    config = script.get_config(task)
     check_config(ml_collections.FrozenConfigDict(config))
     assert (config.n_start, config.n_end) == (float(n_start), float(n_end))
     assert config.selection == selection
@@ -49,23 +73,56 @@ def test_tasks_are_the_authors(row):
     assert (config.eval_interval, config.eval_episodes) == (
         (50_000, 100) if antmaze else (5_000, 10)
     )
-    assert (config.reward_scale, config.reward_bias) == (1, -1 if antmaze else 0)
-    assert config.normalize_observations
-    shared = {"batch_size": 256, "discount": 0.99, "update_period": 50_000, "policy_freq": 2}
-    shared |= {"coefficient_lr": 3e-8, "coefficient_init": 0.4, "target_update_rate": 0.005}
-    shared |= {"hidden_dims": (256, 256), "coefficient_hidden_dims": (512, 512, 512)}
+    shared = {"batch_size": 256, "discount": 0.99, "update_period": 50_000, "critic_lr": 3e-4}
+    shared |= {"target_update_rate": 0.005, "coefficient_hidden_dims": (512, 512, 512)}
+    if script is ssar_td3bc:
+        shared |= {"coefficient_lr": 3e-8, "coefficient_init": 0.4, "hidden_dims": (256, 256)}
+        shared |= {"policy_freq": 2, "actor_lr": 3e-4, "normalize_observations": True}
+        shared |= {"reward_scale": 1.0, "reward_bias": -1.0 if antmaze else 0.0}
+    else:
+        shared |= {"coefficient_lr": 1e-8, "hidden_dims": (256,) * 3, "num_sampled_actions": 10}
+        shared |= {"importance_sample": True, "cql_temperature": 1.0, "backup_entropy": False}
+        shared |= {"clip_diff_max": float("inf"), "anneal": "cosine", "decay_steps": 400_000}
+        shared |= ANTMAZE_CQL if antmaze else MUJOCO_CQL
     assert {key: config[key] for key in shared} == shared
 
 
-def test_every_task_is_in_the_table():
-    assert set(TASKS) == {"demo", "custom", *(row[0] for row in ROWS)}
+ANTMAZE_CQL = {"cql_alpha": 5.0, "actor_lr": 1e-4, "critic_layers": (5, 3), "bc_weight": 0.5}
+ANTMAZE_CQL |= {"lagrange": True, "target_action_gap": 0.8, "clip_diff_min": -200.0}
+ANTMAZE_CQL |= {"max_target_backup": True, "normalize_observations": False}
+ANTMAZE_CQL |= {"reward_scale": 10.0, "reward_bias": -5.0}
+MUJOCO_CQL = {"cql_alpha": 10.0, "actor_lr": 3e-5, "critic_layers": (3, 3), "bc_weight": 0.0}
+MUJOCO_CQL |= {"lagrange": False, "clip_diff_min": -float("inf"), "max_target_backup": False}
+MUJOCO_CQL |= {"normalize_observations": True, "reward_scale": 1.0, "reward_bias": 0.0}
+
+
+def test_cql_alpha_is_the_initial_coefficient():
+    """Either name may be set, also where the settings are frozen."""
+    for name in ("cql_alpha", "coefficient_init"):
+        config = ssar_cql.get_config("hopper-medium-v2")
+        config[name] = 3.0
+        frozen = ml_collections.FrozenConfigDict(config)
+        assert frozen.cql_alpha == frozen.coefficient_init == 3.0
+
+
+@pytest.mark.parametrize("script", [ssar_td3bc, ssar_cql])
+def test_every_task_is_in_the_table(script):
+    assert set(script.TASKS) == {"demo", "custom", *(row[1] for row in ROWS if row[0] is script)}
+
+
+def test_shared_settings_are_named_alike():
+    td3bc, cql = ssar_td3bc.defaults(), ssar_cql.defaults()
+    own = {"policy_noise", "noise_clip", "policy_freq", "expl_noise"}
+    assert set(td3bc) - set(cql) == own
+    shared = [name for name in td3bc if name in cql]
+    assert shared == [name for name in cql if name in td3bc]
 
 
 def test_unknown_task_names_the_known_ones():
     with pytest.raises(
         ValueError, match="unknown task 'hoper-medium-v2'.*hopper-medium-v2.*antmaze"
     ):
-        get_config("hoper-medium-v2")
+        ssar_td3bc.get_config("hoper-medium-v2")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +155,27 @@ def test_impossible_settings_are_named(overrides, words):
     config = tiny_config()
     config.return_threshold = overrides.pop("return_threshold", config.return_threshold)
     config.update(overrides)
+    with pytest.raises(InputError) as error:
+        check_config(ml_collections.FrozenConfigDict(config))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"num_sampled_actions": 0}, "num_sampled_actions=0 must be at least 1"),
+        ({"cql_temperature": 0.0}, "cql_temperature=0.0 must lie between"),
+        ({"critic_layers": (3,)}, "critic_layers=(3,) must be the hidden layers of two critics"),
+        ({"critic_layers": (3, 0)}, "critic_layers=(3, 0) must be the hidden layers"),
+        ({"clip_diff_min": 5.0, "clip_diff_max": 1.0}, "clip_diff_min=5.0 must be below"),
+        ({"clip_diff_min": float("nan")}, "clip_diff_min=nan must be below"),
+        ({"target_action_gap": float("inf")}, "target_action_gap=inf must lie between"),
+        ({"cql_alpha": -1.0}, "coefficient_init=-1.0 must lie between 0"),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+    ],
+)
+def test_impossible_cql_settings_are_named(overrides, words):
+    config = tiny_config(script="ssar_cql", **overrides)
     with pytest.raises(InputError) as error:
         check_config(ml_collections.FrozenConfigDict(config))
     assert words in str(error.value)

@@ -13,6 +13,7 @@ from conftest import ROOT
 from tensorboardX.proto.event_pb2 import Event
 from toys import OBS, same_bits, tiny_config, toy_columns, toy_states, write_hdf5
 
+import ssar_cql
 import ssar_td3bc as ssar
 from common.checkpoint import load_checkpoint
 from common.checks import InputError
@@ -25,11 +26,20 @@ def data(tmp_path_factory):
     return write_hdf5(tmp_path_factory.mktemp("data") / "toy.hdf5", **toy_columns())
 
 
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    """A finished run of two seeds: its folder and what main returned."""
-    workdir = str(tmp_path_factory.mktemp("runs") / "two")
-    return workdir, ssar.main(tiny_config(data, num_seeds=2), workdir)
+class Run:
+    """A finished run of two seeds: its script, folder and what main returned."""
+
+    def __init__(self, script, data, workdir):
+        self.script, self.workdir, self.data = script, workdir, data
+        self.results = script.main(self.config(), workdir)
+
+    def config(self, **overrides):
+        return tiny_config(self.data, self.script.__name__, num_seeds=2, **overrides)
+
+
+@pytest.fixture(scope="module", params=[ssar, ssar_cql], ids=lambda script: script.__name__)
+def run(request, data, tmp_path_factory):
+    return Run(request.param, data, str(tmp_path_factory.mktemp("runs") / "two"))
 
 
 def rows_of(workdir):
@@ -37,14 +47,15 @@ def rows_of(workdir):
         return list(csv.DictReader(file))
 
 
-def checkpoint_of(workdir, config):
-    like = jax.eval_shape(lambda: toy_states(config, range(config.num_seeds)))
+def checkpoint_of(workdir, run):
+    config = ssar.ml_collections.FrozenConfigDict(run.config())
+    like = jax.eval_shape(lambda: toy_states(config, range(config.num_seeds), run.script))
     normalizer = {"mean": np.zeros(OBS, np.float32), "std": np.zeros(OBS, np.float32)}
     return load_checkpoint(workdir, {"state": like, "normalizer": normalizer})
 
 
 def test_run_folder_holds_what_was_promised(run):
-    workdir, results = run
+    workdir, results = run.workdir, run.results
     assert {"config.json", "scores.csv", "results.json", "checkpoint", "tensorboard",
             "learning_curve.png"} <= set(os.listdir(workdir))  # fmt: skip
     with open(os.path.join(workdir, "results.json")) as file:
@@ -74,7 +85,7 @@ def test_run_folder_holds_what_was_promised(run):
 
 
 def test_tensorboard_uses_the_authors_tags(run):
-    folder = os.path.join(run[0], "tensorboard", "seed_1")
+    folder = os.path.join(run.workdir, "tensorboard", "seed_1")
     (name,) = os.listdir(folder)
     with open(os.path.join(folder, name), "rb") as file:
         content = file.read()
@@ -87,7 +98,7 @@ def test_tensorboard_uses_the_authors_tags(run):
     expected = "beta_min beta_mean beta_max beta_weight constrained_nums n_away offline_q1 "
     expected += "success_rate eval_regret offline_eval_return"
     assert set(expected.split()) <= set(tags)
-    last = rows_of(run[0])[-1]
+    last = rows_of(run.workdir)[-1]
     assert tags["beta_weight"] == pytest.approx(float(last["margin"]), rel=1e-5)
     batch = tiny_config().batch_size
     assert tags["constrained_nums"] == pytest.approx(
@@ -97,16 +108,15 @@ def test_tensorboard_uses_the_authors_tags(run):
 
 def test_checkpoint_plays_as_the_run_did(run, data):
     """The restored actor and normalizer repeat the last evaluation of the run, to the last bit."""
-    workdir, results = run
-    config = ssar.ml_collections.FrozenConfigDict(tiny_config(num_seeds=2))
-    saved = checkpoint_of(workdir, config)
+    workdir, results, config = run.workdir, run.results, run.config()
+    saved = checkpoint_of(workdir, run)
     assert saved["state"].step.tolist() == [60, 60]
     np.testing.assert_allclose(saved["state"].threshold.n, results["n"])
     dataset = load_dataset("toy", data, "ssar-test/Walk-v0")
     normalizer = fit_normalizer(dataset.observations)
     np.testing.assert_array_equal(saved["normalizer"]["std"], normalizer.std)
     evaluate = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
-    again = evaluate(ssar.act, saved["state"].actor, Normalizer(**saved["normalizer"]))
+    again = evaluate(run.script.act, saved["state"].actor, Normalizer(**saved["normalizer"]))
     last = [float(row["return_mean"]) for row in rows_of(workdir)[-2:]]
     np.testing.assert_array_equal(again.returns.mean(axis=1), last)
     assert np.abs(np.array(last) - results["behaviour"]).max() > 0.01  # a policy of its own
@@ -126,6 +136,9 @@ def test_data_reach_the_device_as_recorded(data):
     mean, std = obs.mean(axis=0), obs.std(axis=0) + 1e-3
     np.testing.assert_allclose(transitions.obs, (obs - mean) / std, atol=1e-5)
     np.testing.assert_allclose(transitions.next_obs, (next_obs - mean) / std, atol=1e-5)
+    clipped = ssar_cql.load_data(dataset, config)[0].action  # no action where tanh is ±1
+    assert np.abs(columns["actions"]).max() == 1
+    np.testing.assert_array_equal(clipped, columns["actions"].clip(-0.9999, 0.9999))
     raw = ssar.ml_collections.FrozenConfigDict(tiny_config(normalize_observations=False))
     np.testing.assert_array_equal(ssar.load_data(dataset, raw)[0].obs, obs)
 
@@ -140,22 +153,22 @@ def test_evaluation_scores_the_policy_on_standardised_observations(data, tmp_pat
     assert abs(clock.mean()) < 2
 
 
-def test_the_same_command_gives_the_same_bits(run, data, tmp_path):
-    workdir, _ = run
+def test_the_same_command_gives_the_same_bits(run, tmp_path):
     again = str(tmp_path / "again")
-    ssar.main(tiny_config(data, num_seeds=2), again)
-    assert rows_of(workdir) == rows_of(again)
-    config = ssar.ml_collections.FrozenConfigDict(tiny_config(num_seeds=2))
-    assert same_bits(checkpoint_of(workdir, config), checkpoint_of(again, config))
+    run.script.main(run.config(), again)
+    assert rows_of(run.workdir) == rows_of(again)
+    assert same_bits(checkpoint_of(run.workdir, run), checkpoint_of(again, run))
 
 
 def test_another_seed_gives_another_run(run, data, tmp_path):
-    results = ssar.main(tiny_config(data, seed=1), str(tmp_path / "one"))
+    script = run.script
+    config = tiny_config(data, script.__name__, seed=1)
+    results = script.main(config, str(tmp_path / "one"))
     assert results["seeds"] == [1]
-    pair, single = rows_of(run[0])[1::2], rows_of(str(tmp_path / "one"))
+    pair, single = rows_of(run.workdir)[1::2], rows_of(str(tmp_path / "one"))
     for a, b in zip(pair, single, strict=True):  # seed 1 alone is seed 1 of the two
         assert float(a["critic_loss"]) == pytest.approx(float(b["critic_loss"]), rel=1e-3)
-    assert rows_of(run[0])[0]["critic_loss"] != single[0]["critic_loss"]
+    assert rows_of(run.workdir)[0]["critic_loss"] != single[0]["critic_loss"]
 
 
 def test_an_earlier_run_is_set_aside_not_overwritten(data, tmp_path, capsys):
@@ -185,9 +198,11 @@ def test_iql_labels_are_cached(data, tmp_path, monkeypatch):
             ssar.main(config, str(tmp_path / "c"))
 
 
-def test_plain_td3bc_needs_no_sub_dataset(data, tmp_path):
-    config = tiny_config(data, coefficient="fixed", return_threshold=1e9)
-    results = ssar.main(config, str(tmp_path / "run"))
+@pytest.mark.parametrize("script", [ssar, ssar_cql])
+def test_a_fixed_coefficient_needs_no_sub_dataset(script, data, tmp_path):
+    fixed = {"coefficient": "fixed", "return_threshold": 1e9}
+    config = tiny_config(data, script.__name__, **fixed)
+    results = script.main(config, str(tmp_path / "run"))
     assert results["trusted_fraction"] == [1.0]
     assert results["beta_mean"] == pytest.approx([config.coefficient_init])
     assert results["n_stopped_at"] == [None]
@@ -249,11 +264,13 @@ def test_bad_input_stops_before_anything_is_compiled_or_written(
     assert not workdir.exists()
 
 
-def test_help_names_every_setting():
-    script = os.path.join(ROOT, "ssar_td3bc.py")
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
+def test_help_names_every_setting(script):
+    command = [sys.executable, os.path.join(ROOT, f"{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
-    for words in ("--workdir=", "hopper-medium-v2", *(f"--config.{x}=" for x in tiny_config())):
+    settings = tiny_config(script=script)
+    for words in ("--workdir=", "hopper-medium-v2", *(f"--config.{x}=" for x in settings)):
         assert words in done.stdout
 
 

@@ -1,0 +1,470 @@
+"""What ssar_cql promises beyond the golden numbers: regulariser, blocks, margin, seeds."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from toys import ACTION, OBS, arrays, same_bits, tiny_config, toy_batch, toy_states
+
+import ssar_cql as ssar
+
+
+def frozen(**overrides):
+    return ml_collections.FrozenConfigDict(tiny_config(script="ssar_cql", **overrides))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return frozen()
+
+
+def states(config, seeds):
+    return toy_states(config, seeds, ssar)
+
+
+def one(state):
+    return jax.tree.map(lambda x: x[0], state)
+
+
+def jitted_update(config):
+    return jax.jit(partial(ssar.update_step, config=config), static_argnames="online")
+
+
+def double(tree):
+    to_double = lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x
+    return jax.tree.map(to_double, tree)
+
+
+# ----------------------------------------------------------------------- the regulariser
+
+
+def plain_critic_loss(pair, state, batch, noise, weight, config):
+    """The critics' loss as the paper writes it: every action of every row, source by source."""
+
+    def draw(obs, unit):
+        mean, log_std = (x[:, None] for x in ssar.actor(state.actor, obs))
+        x = mean + jnp.exp(log_std) * unit
+        log_prob = jax.scipy.stats.norm.logpdf(x, mean, jnp.exp(log_std))
+        return jnp.tanh(x), (log_prob - jnp.log(1 - jnp.tanh(x) ** 2)).sum(-1)
+
+    def q_values(params, obs, actions):
+        return jnp.stack(
+            [ssar.critic(params, obs, actions[:, k]) for k in range(actions.shape[1])], axis=1
+        )
+
+    next_action, next_log_prob = draw(batch.next_obs, noise.target_action)
+    both = [q_values(params, batch.next_obs, next_action) for params in state.target_critic]
+    next_q = jnp.minimum(*both)
+    best = jnp.argmax(next_q, axis=1)
+    rows = jnp.arange(len(best))
+    entropy = config.backup_entropy * jnp.exp(state.log_alpha) * next_log_prob[rows, best]
+    target = batch.reward + config.discount * (1 - batch.terminated) * (
+        next_q[rows, best] - entropy
+    )
+    loss = 0.0
+    for params in pair:
+        q = ssar.critic(params, batch.obs, batch.action)
+        loss += ((q - target) ** 2).mean()
+        scores = []
+        uniform = (noise.random_action, ACTION * np.log(0.5))
+        sources = (
+            uniform, draw(batch.next_obs, noise.next_action), draw(batch.obs, noise.current_action)
+        )  # fmt: skip
+        for actions, log_prob in sources:
+            value = q_values(params, batch.obs, actions)
+            scores.append(value - log_prob if config.importance_sample else value)
+        if not config.importance_sample:
+            scores.append(q[:, None])
+        scores = jnp.concatenate(scores, axis=1) / config.cql_temperature
+        difference = config.cql_temperature * jnp.log(jnp.exp(scores).sum(1)) - q
+        difference = jnp.clip(difference, config.clip_diff_min, config.clip_diff_max)
+        if config.lagrange:
+            multiplier = jnp.exp(state.log_alpha_prime)
+            loss += multiplier * (weight * (difference - config.target_action_gap)).mean()
+        else:
+            loss += (weight * difference).mean()
+    return loss
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"block_size": 5, "importance_sample": False},
+        {"block_size": 64, "cql_temperature": 0.5, "backup_entropy": True},
+        {"block_size": 1, "clip_diff_min": 3.6},
+        {"lagrange": True, "target_action_gap": 0.8, "max_target_backup": True,
+         "critic_layers": (2, 1)},
+    ],
+    ids=lambda overrides: "-".join(overrides) or "plain",
+)  # fmt: skip
+def test_blocks_of_trusted_rows_equal_the_plain_regulariser(overrides):
+    """Loss and gradient, for every number of rows with a weight, alone and with seeds batched."""
+    config = frozen(**overrides)
+    with jax.enable_x64(True):
+        state, batch = double(one(states(config, [0]))), double(toy_batch())
+        scale = lambda leaf: 3 * leaf if leaf.ndim == 2 and leaf.shape[1] == 1 else leaf
+        state = state._replace(critic=jax.tree.map(scale, state.critic))  # a Q worth regularising
+        noise = double(ssar.sample_noise(jax.random.key(1), batch, config))
+        policy = ssar.actor(state.actor, batch.obs)
+        rng = np.random.default_rng(0)
+        weights = [np.where(np.arange(32) < count, rng.random(32) + 0.5, 0)
+                   for count in (0, 1, 7, 8, 9, 31, 32)]  # fmt: skip
+        weights = jnp.asarray([rng.permutation(weight) for weight in weights])
+
+        def loss(pair, weight):
+            value, info = ssar.critic_loss(pair, state, batch, noise, policy, weight, config)
+            return value, info["regulariser"]
+
+        def plain(pair, weight):
+            return plain_critic_loss(pair, state, batch, noise, weight, config)
+
+        ours = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        theirs = jax.jit(jax.value_and_grad(plain))
+        batched = jax.jit(jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0)))
+        together = batched(state.critic, weights)
+        for i, weight in enumerate(weights):
+            (value, regulariser), grads = ours(state.critic, weight)
+            expected, expected_grads = theirs(state.critic, weight)
+            np.testing.assert_allclose(value, expected, rtol=1e-11)
+            assert (float(regulariser) == 0) == (i == 0)
+            for a, b, c in zip(*map(jax.tree.leaves, (grads, expected_grads, together[1])),
+                               strict=True):  # fmt: skip
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+                np.testing.assert_allclose(a, c[i], rtol=1e-9, atol=1e-11)
+        if "clip_diff_min" in overrides:  # the clip must bite in some rows and not in all
+            clipped = [theirs(state.critic, 1.0 * (np.arange(32) == i))[0] for i in range(32)]
+            rest = theirs(state.critic, jnp.zeros(32))[0]
+            floor = 2 * config.clip_diff_min / 32
+            at_floor = np.isclose(np.array(clipped) - rest, floor)
+            assert at_floor.any()
+            assert not at_floor.all()
+
+
+def test_untrusted_rows_cost_nothing(config):
+    """The compiled loop over blocks stops after the last row that has a weight."""
+    state, batch = one(states(config, [0])), toy_batch()
+    policy = ssar.actor(state.actor, batch.obs)
+    noise = ssar.sample_noise(jax.random.key(1), batch, config)
+    poisoned = batch._replace(obs=batch.obs.at[0].set(jnp.nan))
+    samples, log_prob = ssar.sampled_actions(policy, policy, noise)
+    loss = partial(ssar.regulariser, config=config)
+
+    def scored(weight):
+        rows = (poisoned.obs, batch.action, samples, log_prob, weight)
+        return ssar.sum_in_blocks(loss, config.block_size, state.critic, rows)
+
+    assert np.isfinite(scored(jnp.ones(32).at[0].set(0)))  # NaN * 0 would be NaN
+    assert np.isnan(scored(jnp.ones(32)))
+
+
+def test_proposition_3_1():
+    """With π ∝ exp Q, the gradient of CQL's regulariser is that of -log π(a|s)."""
+    config = frozen()
+    with jax.enable_x64(True):
+        pair = double(one(states(config, [0])).critic)
+        obs = jnp.asarray(np.random.default_rng(0).standard_normal((6, OBS)))
+        grid = jnp.stack(jnp.meshgrid(*[jnp.linspace(-0.9, 0.9, 3)] * ACTION), -1).reshape(
+            -1, ACTION
+        )
+        taken = jnp.array([0, 4, 8, 2, 2, 7])
+        every = jnp.broadcast_to(grid, (6, *grid.shape))
+        counted_once = jnp.zeros((6, len(grid)))  # a sum over all actions: no density to divide by
+
+        def regulariser(pair):
+            return ssar.regulariser(
+                pair, obs, grid[taken], every, counted_once, jnp.ones(6), config
+            )
+
+        def cloning(pair):
+            log_policy = jax.nn.log_softmax(ssar.critics(pair, obs, every), axis=-1)
+            return -log_policy[:, jnp.arange(6), taken].sum()
+
+        np.testing.assert_allclose(regulariser(pair), cloning(pair), rtol=1e-12)
+        ours, theirs = jax.grad(regulariser)(pair), jax.grad(cloning)(pair)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13)
+        assert max(abs(x).max() for x in jax.tree.leaves(ours)) > 0.1
+
+
+def test_policy_is_evaluated_once_per_state(config):
+    """In a whole update: at s before the actor's step, at s', and at s after it; forward only."""
+    config = frozen(coefficient_hidden_dims=(8, 8, 8))
+    state, batch = one(states(config, [0])), toy_batch()
+    noise = ssar.sample_noise(jax.random.key(0), batch, config)
+    program = jax.make_jaxpr(partial(ssar.update_step, config=config))(state, batch, noise)
+    found = [
+        eqn
+        for eqn in program.jaxpr.eqns
+        if eqn.primitive.name == "dot_general" and eqn.invars[1].aval.shape == (OBS, 16)
+    ]
+    assert len(found) == 3
+    assert {eqn.invars[0].aval.shape for eqn in found} == {(32, OBS)}
+
+
+# ----------------------------------------------------------------------- densities and margin
+
+
+def test_log_density_is_exact_from_tiny_to_saturated():
+    grid = np.meshgrid([-30.0, -9.1, -3.0, 0.0, 0.4, 6.0, 40.0], [-20.0, -12.0, -5.0, -1.0, 2.0],
+                       [-4.0, -0.3, 0.0, 1.0, 5.0])  # fmt: skip
+    mean, log_std, unit = (x.ravel() for x in grid)
+    x = mean + np.exp(log_std) * unit
+    log_cosh = np.abs(x) + np.log1p(np.exp(-2 * np.abs(x))) - np.log(2)
+    expected = -0.5 * unit**2 - log_std - 0.5 * np.log(2 * np.pi) + 2 * log_cosh
+    single = [jnp.asarray(x, jnp.float32) for x in (mean, log_std, unit)]
+    ours = ssar.log_density(single[:2], single[2])
+    np.testing.assert_allclose(ours, expected, rtol=3e-6, atol=3e-5)
+
+
+def margin_of(mean, log_std, action, n):
+    """log_likelihood_margin of a policy with the given μ and log σ, in float32."""
+    mean, log_std, action = (jnp.asarray(x, jnp.float32) for x in (mean, log_std, action))
+    batch = toy_batch(rows=len(mean))._replace(action=action)
+    original = ssar.actor
+    try:
+        ssar.actor = lambda params, obs: (mean, log_std)
+        threshold = ssar.Threshold(jnp.float32(n), jnp.int32(-1))
+        return np.asarray(ssar.log_likelihood_margin(None, batch, threshold), float)
+    finally:
+        ssar.actor = original
+
+
+def authors_margin(mean, log_std, action, n):
+    """The same through action space and arctanh, as the authors do, in float64."""
+    std = np.exp(log_std)
+
+    def density(a):
+        x = np.arctanh(a)
+        return -0.5 * ((x - mean) / std) ** 2 - log_std - 0.5 * np.log(2 * np.pi) - np.log(1 - a**2)
+
+    def away(n):
+        limits = np.tanh(mean) - 0.1 * n, np.tanh(mean) + 0.1 * n
+        sides = [np.clip(np.tanh(mean + side * n * std), -0.99999, 0.99999) for side in (1, -1)]
+        return np.minimum(*[density(np.clip(side, *limits)) for side in sides])
+
+    return (np.maximum(density(action), away(10)) - away(n)).mean(axis=1)
+
+
+@pytest.mark.parametrize("n", [1.0, 2.4, 5.0, 10.0, 14.0])
+def test_margin_is_the_authors(n):
+    rng = np.random.default_rng(3)
+    mean = rng.uniform(-2, 2, (300, ACTION))
+    log_std = rng.uniform(-4, 1, (300, ACTION))
+    action = np.tanh(mean + np.exp(log_std) * rng.standard_normal(mean.shape) * 3)
+    action = np.clip(action, -0.9999, 0.9999)
+    expected = authors_margin(mean, log_std, action, n)
+    np.testing.assert_allclose(margin_of(mean, log_std, action, n), expected, rtol=2e-3, atol=2e-3)
+    assert (expected < 0).any() == (n != 10)  # at n = 10 the floor is C_n itself
+
+
+def test_margin_is_finite_wherever_the_authors_is_not():
+    values = [[-1.0, 1.0], [1.0, 1.0], [0.0, -1.0], [0.99999999, 0.3]]
+    for mean in (-20.0, -8.0, 0.0, 8.0, 20.0):
+        for log_std in (-20.0, -12.0, -5.0, 2.0):
+            shape = np.ones((4, 2))
+            margin = margin_of(mean * shape, log_std * shape, values, 2.0)
+            assert np.isfinite(margin).all(), (mean, log_std)
+    # C_n itself: n σ from the mean costs n² / 2, however small σ (authors' form: off by thousands)
+    tiny = margin_of(np.full((1, 2), 1.0), np.full((1, 2), -12.0), np.full((1, 2), np.tanh(1.0)), 3)
+    assert tiny[0] == pytest.approx(4.5, abs=0.6)  # μ itself is 0.2 σ off: its float32 spacing
+
+
+@pytest.mark.parametrize("task", ["antmaze-umaze-v2", "hopper-medium-v2"])
+def test_extreme_actions_and_policies_leave_no_nan(task):
+    from configs.ssar_cql import get_config
+
+    settings = get_config(task)
+    settings.update(hidden_dims=(16, 16, 16), coefficient_hidden_dims=(16, 16), update_period=2)
+    settings.update(num_sampled_actions=3)
+    config = ml_collections.FrozenConfigDict(settings)
+    state, batch = one(states(config, [0])), toy_batch()
+    batch = batch._replace(action=batch.action.at[:8].set(1.0).at[8:16].set(-1.0))
+    update = jitted_update(config)
+    for scale in (1.0, 1e4):  # ordinary, and saturated with σ at either end of its range
+        kernel = scale * state.actor["layers_3"]["kernel"]
+        layer = {"kernel": kernel, "bias": state.actor["layers_3"]["bias"]}
+        changed = state._replace(actor=state.actor | {"layers_3": layer})
+        for i in range(4):
+            noise = ssar.sample_noise(jax.random.key(i), batch, config)
+            changed, info = update(changed, batch, noise)
+            assert all(np.isfinite(x).all() for x in arrays((changed, info))), (scale, i)
+
+
+# ----------------------------------------------------------------------- scan and seeds
+
+
+def test_scan_equals_a_python_loop(config):
+    data = toy_batch(rows=200)
+    trusted = data.trusted[None]
+    state = one(states(config, [3]))
+    key, index_key, noise_key = jax.random.split(state.key, 3)  # as train_interval draws
+    shape = (config.eval_interval, config.batch_size)
+    indices = jax.random.randint(index_key, shape, 0, 200)
+    noise_keys = jax.random.split(noise_key, config.eval_interval)
+    update, infos = jitted_update(config), []
+    state = state._replace(key=key)
+    for rows, noise_key in zip(indices, noise_keys, strict=True):
+        batch = ssar.take(data, rows)
+        state, info = update(state, batch, ssar.sample_noise(noise_key, batch, config))
+        infos.append(info)
+    scanned, means = ssar.train_interval(
+        states(config, [3]), data._replace(trusted=trusted), config
+    )
+    for a, b in zip(arrays(one(scanned)), arrays(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=5e-4, atol=5e-6)
+    assert int(scanned.step[0]) == config.eval_interval
+    for name, mean in means.items():
+        if name != "n":
+            loop = np.mean([info[name] for info in infos])
+            np.testing.assert_allclose(mean[0], loop, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_batched_seeds_equal_single_seeds_and_differ(config):
+    data = toy_batch(rows=200)
+    rng = np.random.default_rng(1)
+    shares = np.array([[0.1], [0.5], [0.9]])  # each seed its own number of blocks
+    trusted = jnp.asarray(rng.random((3, 200)) < shares, jnp.float32)
+    together, _ = ssar.train_interval(
+        states(config, [5, 6, 7]), data._replace(trusted=trusted), config
+    )
+    for i, seed in enumerate([5, 6, 7]):
+        alone, _ = ssar.train_interval(
+            states(config, [seed]), data._replace(trusted=trusted[i : i + 1]), config
+        )
+        row = jax.tree.map(lambda x, i=i: x[i], together)
+        for a, b in zip(arrays(row), arrays(one(alone)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=5e-4, atol=5e-6)
+    for leaf in jax.tree.leaves((together.actor, together.critic, together.coefficient)):
+        if leaf.ndim > 1:
+            assert not np.array_equal(leaf[0], leaf[1])
+    first, second = together.critic
+    assert not np.array_equal(first["layers_0"]["kernel"], second["layers_0"]["kernel"])
+    again, _ = ssar.train_interval(
+        states(config, [5, 6, 7]), data._replace(trusted=trusted), config
+    )
+    assert same_bits(again, together)
+
+
+def test_interval_donates_its_state(config):
+    data = toy_batch(rows=200)._replace(trusted=jnp.ones((1, 200)))
+    state = states(config, [0])
+    ssar.train_interval(state, data, config)
+    for pair in (state.critic, state.target_critic):
+        assert all(params["layers_1"]["kernel"].is_deleted() for params in pair)
+
+
+# ----------------------------------------------------------------------- who influences what
+
+
+@pytest.mark.parametrize("loosen_bound", [True, False])
+@pytest.mark.parametrize("select_actions", [True, False])
+def test_untrusted_rows_act_only_where_they_should(loosen_bound, select_actions):
+    """β_φ of untrusted rows must not reach the critics under loosen_bound, nor their actions β_φ
+    and n under select_actions."""
+    config = frozen(loosen_bound=loosen_bound, select_actions=select_actions, update_period=1)
+    state, batch = one(states(config, [0])), toy_batch()
+    noise = ssar.sample_noise(jax.random.key(1), batch, config)
+    update = jitted_update(config)
+    base, info = update(state, batch, noise)
+
+    # other samples in untrusted rows: without their regulariser, no critic can notice
+    untrusted = batch.trusted[:, None, None] == 0
+    flipped = jnp.where(untrusted, -noise.random_action, noise.random_action)
+    other, _ = update(state, batch, noise._replace(random_action=flipped))
+    assert same_bits(base.critic, other.critic) == loosen_bound
+
+    # other actions in untrusted rows: the actor of this update does not depend on them
+    action = jnp.where(untrusted[:, :, 0], -batch.action, batch.action)
+    other, _ = update(state, batch._replace(action=action), noise)
+    assert same_bits(base.actor, other.actor)
+    same = same_bits((base.coefficient, base.threshold), (other.coefficient, other.threshold))
+    assert same == select_actions
+    assert not same_bits(base.coefficient, state.coefficient)
+
+    beta = np.asarray(ssar.coefficient(state.coefficient, batch.obs, config))
+    beta = beta[np.asarray(batch.trusted) > 0] if loosen_bound else beta
+    ours = [info["beta_min"], info["beta_mean"], info["beta_max"]]
+    np.testing.assert_allclose(ours, [beta.min(), beta.mean(), beta.max()], rtol=1e-5)
+
+
+def test_fixed_coefficient_is_plain_cql():
+    fixed = frozen(coefficient="fixed", update_period=1)
+    state, batch = one(states(fixed, [0])), toy_batch()
+    noise = ssar.sample_noise(jax.random.key(1), batch, fixed)
+    after, info = jitted_update(fixed)(state, batch, noise)
+    frozen_parts = lambda s: (s.coefficient, s.coefficient_opt, s.threshold)
+    assert same_bits(frozen_parts(after), frozen_parts(state))
+    everywhere = jnp.full(32, fixed.cql_alpha)
+    expected = plain_critic_loss(state.critic, state, batch, noise, everywhere, fixed)
+    np.testing.assert_allclose(info["critic_loss"], expected, rtol=1e-5)
+    assert float(info["beta_mean"]) == pytest.approx(fixed.coefficient_init)
+
+
+def test_a_batch_without_trusted_rows_is_harmless():
+    config = frozen(update_period=1)
+    state = one(states(config, [0]))
+    batch = toy_batch(trusted=np.zeros(32))
+    after, info = jitted_update(config)(
+        state, batch, ssar.sample_noise(jax.random.key(1), batch, config)
+    )
+    assert all(np.isfinite(x).all() for x in arrays((after, info)))
+    assert same_bits(after.coefficient, state.coefficient)
+    assert float(info["regulariser"]) == 0
+    np.testing.assert_allclose(after.threshold.n, config.n_start + 0.2, rtol=1e-6)
+
+
+def test_online_updates_freeze_the_coefficient_and_fade_the_regulariser():
+    config = frozen(update_period=1, decay_steps=3)
+    state, batch = one(states(config, [0])), toy_batch()
+    update, start, sizes = jitted_update(config), one(states(config, [0])), []
+    for _ in range(4):
+        noise = ssar.sample_noise(jax.random.key(0), batch, config)
+        state, info = update(state, batch, noise, online=True)
+        sizes.append(float(info["regulariser"]))
+    frozen_parts = lambda s: (s.coefficient, s.coefficient_opt, s.threshold)
+    assert same_bits(frozen_parts(start), frozen_parts(state))
+    assert int(state.online_step) == 4
+    assert not same_bits(start.actor, state.actor)
+    assert sizes[0] > sizes[1] > 0
+    assert sizes[2:] == [0, 0]  # at decay_steps and past it
+
+
+def test_entropy_and_multiplier_move_towards_their_targets(config):
+    batch = toy_batch()
+    slope = jax.grad(lambda log_alpha, entropy: ssar.entropy_loss(log_alpha, entropy, batch)[0])
+    assert slope(0.0, -ACTION + 1.0) > 0  # more entropy than -|A|: α falls
+    assert slope(0.0, -ACTION - 1.0) < 0
+    lagrange = frozen(lagrange=True)
+    slope = jax.grad(lambda log, penalty: ssar.multiplier_loss(log, penalty, lagrange)[0])
+    assert slope(1.0, 2.0) < 0  # regulariser above its gap: α' rises
+    assert slope(1.0, -2.0) > 0
+    assert slope(20.0, 2.0) == 0  # capped at 1e6
+
+
+def test_initial_networks_are_the_authors(config):
+    """Small means, σ near exp(-1), orthogonal critics of the given depths."""
+    config = frozen(critic_layers=(4, 3), hidden_dims=(64, 64, 64))
+    state, batch = one(states(config, [0])), toy_batch()
+    mean, log_std = ssar.actor(state.actor, batch.obs)
+    assert abs(mean).max() < 0.05
+    np.testing.assert_allclose(log_std, -1, atol=0.05)
+    assert [sum(name.startswith("layers") for name in params) for params in state.critic] == [5, 4]
+    for params in state.critic:
+        kernel = params["layers_1"]["kernel"]
+        np.testing.assert_allclose(kernel.T @ kernel, 2 * np.eye(64), atol=1e-4)
+        last = params[f"layers_{len(params) // 2}"]["kernel"]
+        np.testing.assert_allclose(jnp.linalg.norm(last), 0.01, rtol=1e-4)
+    assert same_bits(state.critic, state.target_critic)
+
+
+def test_act_is_the_mean_policy(config):
+    both = states(config, [0, 1])
+    obs = jnp.stack([toy_batch(0).obs, toy_batch(1).obs])
+    actions = ssar.act(both.actor, obs)
+    for i in range(2):
+        mean, _ = ssar.actor(jax.tree.map(lambda x, i=i: x[i], both.actor), obs[i])
+        np.testing.assert_allclose(actions[i], np.tanh(mean), rtol=1e-5, atol=1e-7)
