@@ -594,7 +594,8 @@ def main(config, workdir=None):
 
     # --- offline: compiled intervals, an evaluation after each ---
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
-    state = jax.vmap(init_state, in_axes=(0, None, None, None))(keys, obs_dim, action_dim, config)
+    init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, action_dim, config)))
+    state = init(keys)
     with log.compiling():
         train = train_interval.lower(state, data, config=config).compile()
     with progress(config.offline_steps, "offline") as bar:

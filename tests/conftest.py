@@ -13,5 +13,7 @@ SCRATCH = tempfile.mkdtemp(prefix="ssar-tests-")
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 os.environ["MINARI_DATASETS_PATH"] = os.path.join(SCRATCH, "minari")
 os.environ["JAX_PLATFORMS"] = "cpu"  # golden numbers and bitwise comparisons are the CPU's
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(SCRATCH, "jax")  # runs are repeated
+# Programs are compiled more than once, and by several pytest-xdist workers.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(SCRATCH, "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.makedirs(os.environ["MINARI_DATASETS_PATH"])

@@ -124,7 +124,7 @@ def cql_parameters(antmaze=False):
 
 
 def flatten(name, params):
-    """{'actor/layers_0/kernel': array, ...} of one network, or {'log_alpha': array}."""
+    """{'actor/layers_0/kernel': NumPy array, ...} of a network, or {'log_alpha': array}."""
     if not isinstance(params, dict):
         return {name: np.asarray(params)}
     return {
@@ -139,7 +139,7 @@ def normals(seed, size):
 
 def parameter_stats(x, initial):
     """Eight checksums of a tensor: sums, projections on seeded normals, movement so far."""
-    x, d = np.asarray(x).ravel().astype(float), np.asarray(x - initial).ravel().astype(float)
+    x, d = x.ravel().astype(float), (x - initial).ravel().astype(float)
     w0, w1 = normals(0, x.size), normals(1, x.size)
     return np.array(
         [x.sum(), abs(x).sum(), (x**2).sum(), x @ w0, x @ w1, abs(d).sum(), abs(d).max(), d @ w0]
@@ -153,7 +153,7 @@ def gradient_stats(x):
 
 def probe(x):
     """Up to 32 evenly spaced entries of a tensor."""
-    return np.asarray(x).ravel()[np.linspace(0, x.size - 1, min(x.size, 32)).astype(int)]
+    return x.ravel()[np.linspace(0, x.size - 1, min(x.size, 32)).astype(int)]
 
 
 # Fractions of a key's largest golden value. Float32: the worst that the recording itself saw

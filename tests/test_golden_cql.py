@@ -61,7 +61,7 @@ def golden_state(params, config, dtype):
     pair = (nets["critic_1"], nets["critic_2"])
     log_alpha, log_alpha_prime = jnp.zeros((), dtype), jnp.ones((), dtype)
     actor_adam, critic_adam, coefficient_adam = ssar.optimizers(config)
-    return ssar.init_state(jax.random.key(0), 5, 3, config)._replace(
+    return ssar.TrainState(
         actor=nets["actor"],
         critic=pair,
         target_critic=pair,
@@ -73,6 +73,10 @@ def golden_state(params, config, dtype):
         coefficient_opt=coefficient_adam.init(nets["beta"]),
         log_alpha_opt=actor_adam.init(log_alpha),
         log_alpha_prime_opt=critic_adam.init(log_alpha_prime),
+        threshold=ssar.Threshold(jnp.asarray(config.n_start, dtype), jnp.int32(-1)),
+        step=jnp.int32(0),
+        online_step=jnp.int32(0),
+        key=jax.random.key(0),
     )
 
 
@@ -94,7 +98,8 @@ def parameters(state):
     for i in range(2):
         found |= flatten(f"critic_{i + 1}", state.critic[i])
         found |= flatten(f"critic_{i + 1}_target", state.target_critic[i])
-    return found | {"log_alpha": state.log_alpha, "log_alpha_prime": state.log_alpha_prime}
+    found |= flatten("log_alpha", state.log_alpha)
+    return found | flatten("log_alpha_prime", state.log_alpha_prime)
 
 
 def replay(path, dtype):
@@ -104,6 +109,7 @@ def replay(path, dtype):
     state = golden_state(cql_parameters("ant" in hp["env"]), config, dtype)
     update = jax.jit(partial(ssar.update_step, config=config), static_argnames="online")
     beta = jax.jit(partial(ssar.coefficient, config=config))
+    margins = jax.jit(ssar.log_likelihood_margin)
     for i in range(len(case["batch/actions"])):
         cast = lambda key, i=i: jnp.asarray(case[key][i], dtype)
         batch = ssar.Transition(
@@ -129,7 +135,7 @@ def replay(path, dtype):
         state, info = update(state, batch, noise, online=online_step > 0)
         after = first_moments(state)
         gradients = {key: (after[key] - 0.9 * before[key]) / (1 - 0.9) for key in after}
-        margin = ssar.log_likelihood_margin(state.actor, batch, n)
+        margin = margins(state.actor, batch, n)
         betas = (beta_before, beta(state.coefficient, batch.obs))
         yield i, batch, state, info, gradients, margin, betas
 

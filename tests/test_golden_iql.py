@@ -6,20 +6,24 @@ import numpy as np
 import pytest
 from golden_cases import find_cases, iql_parameters, load_case
 
-import ssar_td3bc as ssar
+import ssar_cql
+import ssar_td3bc
 from configs.ssar_td3bc import get_config
 
 
+@pytest.mark.parametrize("ssar", [ssar_td3bc, ssar_cql], ids=lambda script: script.__name__)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("path", find_cases("iql"))
-def test_iql_reproduces_the_authors(path, dtype):
+def test_iql_reproduces_the_authors(path, dtype, ssar):
     case, hp = load_case(path)
     config = get_config()
     config.update(expectile=hp["iql_tau"], discount=hp["discount"], target_update_rate=hp["tau"])
     rtol = 1e-6 if dtype == "float64" else 2e-5
     with jax.enable_x64(dtype == "float64"):
         nets = jax.tree.map(lambda x: jnp.asarray(x, dtype), iql_parameters())
-        pair = jax.tree.map(lambda a, b: jnp.stack([a, b]), nets["qf1"], nets["qf2"])
+        pair = (nets["qf1"], nets["qf2"])
+        if ssar is ssar_td3bc:
+            pair = jax.tree.map(lambda a, b: jnp.stack([a, b]), *pair)
         adam = ssar.iql_adam
         state = ssar.IQLState(
             nets["vf"], pair, pair, adam.init(nets["vf"]), adam.init(pair), jax.random.key(0)

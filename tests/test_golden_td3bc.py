@@ -53,7 +53,7 @@ def golden_state(params, config, dtype):
     nets = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     pair = jax.tree.map(lambda a, b: jnp.stack([a, b]), nets["critic_1"], nets["critic_2"])
     actor_adam, critic_adam, coefficient_adam = ssar.optimizers(config)
-    return ssar.init_state(jax.random.key(0), 5, 3, config)._replace(
+    return ssar.TrainState(
         actor=nets["actor"],
         target_actor=nets["actor"],
         critic=pair,
@@ -62,6 +62,10 @@ def golden_state(params, config, dtype):
         actor_opt=actor_adam.init(nets["actor"]),
         critic_opt=critic_adam.init(pair),
         coefficient_opt=coefficient_adam.init(nets["beta"]),
+        threshold=ssar.Threshold(jnp.asarray(config.n_start, dtype), jnp.int32(-1)),
+        step=jnp.int32(0),
+        online_step=jnp.int32(0),
+        key=jax.random.key(0),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import ACTION, OBS, arrays, frozen, same_bits, toy_batch, toy_states
+from toys import ACTION, OBS, arrays, frozen, one, same_bits, toy_batch, toy_states
 
 import ssar_td3bc as ssar
 
@@ -16,10 +16,6 @@ import ssar_td3bc as ssar
 @pytest.fixture(scope="module")
 def config():
     return frozen()
-
-
-def one(state):
-    return jax.tree.map(lambda x: x[0], state)
 
 
 def jitted_update(config):

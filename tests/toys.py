@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from functools import cache
 
 import gymnasium
 import h5py
@@ -146,10 +147,20 @@ def toy_batch(seed=0, rows=32, trusted=None):
     )
 
 
-def toy_states(config, seeds, script=ssar_td3bc):
-    """TrainState [S, ...] of the given seeds."""
+@cache
+def initial_states(config, seeds, script):
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return jax.vmap(script.init_state, in_axes=(0, None, None, None))(keys, OBS, ACTION, config)
+    return jax.jit(jax.vmap(lambda key: script.init_state(key, OBS, ACTION, config)))(keys)
+
+
+def toy_states(config, seeds, script=ssar_td3bc):
+    """TrainState [S, ...] of the given seeds, to be donated at will."""
+    return copy(initial_states(config, tuple(seeds), script))
+
+
+# Jitted: one small program instead of one for every shape of array.
+copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+one = jax.jit(lambda state: jax.tree.map(lambda x: x[0], state))  # the first seed alone
 
 
 def arrays(tree):
