@@ -213,11 +213,14 @@ def init_actor(key, obs_dim, action_dim, hidden_dims):
 def init_critic(key, in_dim, hidden_dims):
     """Q's parameters: orthogonal, of gain √2 and 0.01 in the last layer, biases 0."""
     params = init_mlp(key, in_dim, (*hidden_dims, 1), layer_norm=True)
-    layers = [params[f"layers_{i}"] for i in range(len(hidden_dims) + 1)]
     gains = [2**0.5] * len(hidden_dims) + [0.01]
-    keys = jax.random.split(key, len(layers))
-    for layer_key, layer, gain in zip(keys, layers, gains, strict=True):
-        layer["kernel"] = nn.initializers.orthogonal(gain)(layer_key, layer["kernel"].shape)
+    for i, (layer_key, gain) in enumerate(
+        zip(jax.random.split(key, len(gains)), gains, strict=True)
+    ):
+        layer = params[f"layers_{i}"]
+        orthogonal = partial(nn.initializers.orthogonal(gain), shape=layer["kernel"].shape)
+        # One after the other under vmap: XLA's CPU threads can deadlock on jitted batches of QR.
+        layer["kernel"] = jax.custom_batching.sequential_vmap(orthogonal)(layer_key)
         layer["bias"] = jnp.zeros_like(layer["bias"])
     return params
 

@@ -160,10 +160,9 @@ def test_the_same_command_gives_the_same_bits(run, tmp_path):
     assert same_bits(checkpoint_of(run.workdir, run), checkpoint_of(again, run))
 
 
+@pytest.mark.parametrize("run", [ssar], ids=["ssar_td3bc"], indirect=True)
 def test_another_seed_gives_another_run(run, data, tmp_path):
-    script = run.script
-    config = tiny_config(data, script.__name__, seed=1)
-    results = script.main(config, str(tmp_path / "one"))
+    results = ssar.main(tiny_config(data, seed=1), str(tmp_path / "one"))
     assert results["seeds"] == [1]
     pair, single = rows_of(run.workdir)[1::2], rows_of(str(tmp_path / "one"))
     for a, b in zip(pair, single, strict=True):  # seed 1 alone is seed 1 of the two
@@ -198,11 +197,9 @@ def test_iql_labels_are_cached(data, tmp_path, monkeypatch):
             ssar.main(config, str(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("script", [ssar, ssar_cql])
-def test_a_fixed_coefficient_needs_no_sub_dataset(script, data, tmp_path):
-    fixed = {"coefficient": "fixed", "return_threshold": 1e9}
-    config = tiny_config(data, script.__name__, **fixed)
-    results = script.main(config, str(tmp_path / "run"))
+def test_a_fixed_coefficient_needs_no_sub_dataset(data, tmp_path):
+    config = tiny_config(data, coefficient="fixed", return_threshold=1e9)
+    results = ssar.main(config, str(tmp_path / "run"))
     assert results["trusted_fraction"] == [1.0]
     assert results["beta_mean"] == pytest.approx([config.coefficient_init])
     assert results["n_stopped_at"] == [None]
