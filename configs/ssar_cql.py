@@ -121,5 +121,5 @@ def get_config(task="demo"):
         c.hidden_dims, c.coefficient_hidden_dims = (128, 128, 128), (128, 128, 128)
         c.num_sampled_actions, c.actor_lr = 4, 3e-4
         c.selection, c.return_threshold = "return", -12.0
-        c.update_period, c.coefficient_lr = 500, 6e-6
+        c.update_period, c.coefficient_lr = 500, 2e-6
     return c
