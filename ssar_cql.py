@@ -7,13 +7,14 @@ data that can be trusted. It is the same β_φ as in TD3+BC: for π ∝ exp Q, C
 log Σ exp Q - Q(s, a) is -log π(a|s)                                               (Prop. 3.1)
 
     D̂ ⊂ D: trajectories of return > G_T, or successful ones, or rows of IQL advantage ≥ 0
-    every update, on a batch (s, a, r, s', d) of D:
+    every update, on a batch (s, a, r, s', d) of D, from the parameters before it:
         π: Adam on mean α log π(ã|s) - min_i Q_i(s, ã), ã ~ π(s)
         α: Adam on -log α (mean log π(ã|s) - |A|)
         y  = r + γ (1 - d) min_i Q_target_i(s', a'), a' ~ π(s')
         Q_i: Adam on mean (Q_i(s, a) - y)² + mean β_φ(s) (log Σ_j exp Q_i(s, a_j) / p_j - Q_i(s, a))
             over K uniform a_j, K from π(s') and K from π(s), each of density p_j
-        margin = mean_dims max(log π(a|s), C_10(s)) - C_n(s), with the new π              (Eq. 6)
+    then, with the new π:
+        margin = mean_dims max(log π(a|s), C_10(s)) - C_n(s)                             (Eq. 6)
         β_φ: Adam on mean margin · β_φ(s) over D̂                                     (Eq. 5, 9)
         every T_inc updates: n += (n_end - n_start) / 10,
             until the mean margin over D̂ is > 0 once; n never moves again              (Sec. 3.2)
@@ -30,17 +31,22 @@ log Σ exp Q - Q(s, a) is -log π(a|s)                                          
             loosen_bound         loosen_bound             only D̂ is regularised
             expectile            iql_tau                  the IQL's expectile, for selection = iql
     K       num_sampled_actions  cql_n_actions            actions drawn from each source
-    α'      lagrange             cql_lagrange             tunes the regulariser's weight to a gap
-            max_target_backup    (the same)               a': the best of K by min_i Q_target_i
-            bc_weight            0.5 in 'ant'             adds 0.5 (ã - a)² to π's loss
     γ       discount                                      N_end is decay_steps
 
+    on AntMaze only, after cql_lagrange, cql_target_action_gap, cql_clip_diff_min and the like:
+    α'      lagrange, target_action_gap  α' β_φ (regulariser - gap) instead, α' tuned to the gap
+            clip_diff_min                the regulariser's lower bound
+            max_target_backup            a' is the best of K by min_i Q_target_i
+            bc_weight                    adds bc_weight (ã - a)² to π's loss
+            critic_layers                the first critic has five hidden layers, the other three
+
 Where paper and authors' code differ, the code is followed, for it made the published numbers:
-log π and C_n are taken per action dimension and averaged; C_n's actions stay within 0.1 n of
-tanh(μ); log π is floored at C_10; D̂ masks the β_φ loss but the mean is over the whole batch; n is
-tested on single batches; AntMaze's first critic has five layers.
-Deviations from that code: log-densities come from the sample before tanh, so none is infinite;
-beta_min, beta_mean and beta_max are taken over the rows that are regularised.
+log π and C_n are taken per action dimension and averaged; C_n's actions stay within ±0.99999 and
+within 0.1 n of tanh(μ); log π is floored at C_10; D̂ masks the β_φ loss but the mean is over the
+whole batch; n is tested on single batches; the annealing is a cosine.
+Deviations from that code: the margin is formed in units of σ before tanh, and the data's action
+kept within ±0.99999 there, so that none is NaN or lost to rounding; no annealing if decay_steps
+is not positive; beta_min, beta_mean and beta_max are taken over the rows that are regularised.
 
     python ssar_cql.py
     python ssar_cql.py --config=configs/ssar_cql.py:hopper-medium-v2 \
@@ -91,7 +97,7 @@ class Noise(NamedTuple):
     """Every random number of one update: with it given, the update is deterministic."""
 
     policy: jax.Array  # [B, A] N(0, 1)
-    target_action: jax.Array  # [B, 1, A] N(0, 1); K for 1 with max_target_backup
+    target_action: jax.Array  # [B, M, A] N(0, 1); M is K with max_target_backup, else 1
     random_action: jax.Array  # [B, K, A] U(-1, 1)
     current_action: jax.Array  # [B, K, A] N(0, 1)
     next_action: jax.Array  # [B, K, A] N(0, 1)
@@ -160,7 +166,10 @@ def actor(params, obs):
 
 
 def log_density(distribution, unit):
-    """log π of tanh(μ + σ unit), in each action dimension: finite also where tanh is ±1."""
+    """log π of tanh(μ + σ unit), in each action dimension; finite also where tanh is ±1.
+
+    distribution: μ and log σ. unit: the action before tanh, as (x - μ) / σ. All [..., A].
+    """
     mean, log_std = distribution
     x = mean + jnp.exp(log_std) * unit
     log_slope = 2 * (jnp.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh² x)
@@ -202,7 +211,7 @@ def init_pair(key, in_dim, widths):
 
 
 def init_actor(key, obs_dim, action_dim, hidden_dims):
-    """π's parameters: a small last layer, and the trained scale and shift of log σ."""
+    """π's parameters, [., obs_dim] -> [., 2 action_dim]: a small last layer, log σ near -1."""
     params = init_mlp(key, obs_dim, (*hidden_dims, 2 * action_dim))
     last = params[f"layers_{len(hidden_dims)}"]
     last["kernel"] = 0.01 * nn.initializers.xavier_uniform()(key, last["kernel"].shape)
@@ -396,10 +405,13 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
 # ---------------------------------------------------------------------------------------- losses
 
 
-def critic_loss(params, state, batch, noise, policy, weight, config):
-    """TD error of both critics, and CQL's regulariser, weighted by `weight` [B]."""
-    next_policy = actor(state.actor, batch.next_obs)
-    next_action, next_log_prob = sample(next_policy, noise.target_action)  # [B, M, A], [B, M]
+def critic_loss(params, state, batch, noise, distribution, weight, config):
+    """TD error of both critics, and CQL's regulariser, weighted by `weight` [B].
+
+    distribution: π(·|s) before the actor's step, μ and log σ of [B, A].
+    """
+    next_distribution = actor(state.actor, batch.next_obs)
+    next_action, next_log_prob = sample(next_distribution, noise.target_action)  # [B, M, A], [B, M]
     next_q = critics(state.target_critic, batch.next_obs, next_action).min(axis=0)  # [B, M]
     best = next_q.argmax(axis=1, keepdims=True)
     if config.backup_entropy:
@@ -410,7 +422,7 @@ def critic_loss(params, state, batch, noise, policy, weight, config):
     chex.assert_equal_shape([target, q[0], weight])
     td_loss = jnp.square(q - target).mean(axis=1).sum()
 
-    samples, log_prob = sampled_actions(policy, next_policy, noise)
+    samples, log_prob = sampled_actions(distribution, next_distribution, noise)
     rows = (batch.obs, batch.action, samples, log_prob, weight)
     penalty = sum_in_blocks(partial(regulariser, config=config), config.block_size, params, rows)
     penalty /= len(weight)
@@ -419,32 +431,36 @@ def critic_loss(params, state, batch, noise, policy, weight, config):
     return loss, info
 
 
-def sampled_actions(policy, next_policy, noise):
+def sampled_actions(distribution, next_distribution, noise):
     """Uniform actions, those of π(·|s') and of π(·|s): [B, 3K, A], and log-densities [B, 3K]."""
-    next_action, next_log_prob = sample(next_policy, noise.next_action)
-    action, log_prob = sample(policy, noise.current_action)
+    next_action, next_log_prob = sample(next_distribution, noise.next_action)
+    action, log_prob = sample(distribution, noise.current_action)
     uniform_log_prob = jnp.full_like(log_prob, action.shape[-1] * jnp.log(0.5))
     actions = jnp.concatenate([noise.random_action, next_action, action], axis=1)
     return actions, jnp.concatenate([uniform_log_prob, next_log_prob, log_prob], axis=1)
 
 
 def regulariser(params, obs, action, samples, log_prob, weight, config):
-    """Σ weight (log Σ exp Q - Q(s, a)) over rows and critics, less the gap if lagrange."""
+    """Σ weight (log Σ exp Q - Q(s, a)) over rows and critics, less the gap if lagrange.
+
+    [b, O], [b, A], [b, 3K, A], [b, 3K], [b] -> []. The importance weights are 1 / exp(log_prob).
+    """
     q = critics(params, obs, jnp.concatenate([action[:, None], samples], axis=1))  # [2, b, 1 + 3K]
     # Without importance sampling, the data's action counts as one more sample.
     scores = q[..., 1:] - log_prob if config.importance_sample else q
     temperature = config.cql_temperature
     soft_max = temperature * nn.logsumexp(scores / temperature, axis=-1)
     difference = jnp.clip(soft_max - q[..., 0], config.clip_diff_min, config.clip_diff_max)
-    return (weight * (difference - (config.target_action_gap if config.lagrange else 0))).sum()
+    gap = config.target_action_gap if config.lagrange else 0
+    return (weight * (difference - gap)).sum()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sum_in_blocks(loss, block_size, params, rows):
-    """loss(params, *rows), a sum over rows, of those rows alone whose weight, the last, is not 0.
+    """loss(params, *rows), a sum over rows, without the rows whose weight is 0: they add nothing.
 
-    Exact, as the others add nothing. Goes block by block, gradients included: a CPU's cache holds
-    a block, and blocks without a row are not computed.
+    rows: arrays [B, ...], the weight last. Goes through the other rows a block at a time, which a
+    CPU's cache holds, and differentiates each on the way: in `params` alone, rows get no gradient.
     """
     return block_gradients(loss, block_size, params, rows)[0]
 
@@ -465,10 +481,12 @@ def block_gradients(loss, block_size, params, rows):
     return jax.lax.fori_loop(0, -(-jnp.count_nonzero(weight) // size), add_block, zero)
 
 
-sum_in_blocks.defvjp(
-    block_gradients,
-    lambda loss, block_size, grads, scale: (jax.tree.map(lambda g: scale * g, grads), None),
-)
+def scale_gradients(loss, block_size, gradients, scale):
+    """The backward pass: the gradient is there already."""
+    return jax.tree.map(lambda g: scale * g, gradients), None
+
+
+sum_in_blocks.defvjp(block_gradients, scale_gradients)
 
 
 def multiplier(log_alpha_prime, config):
@@ -477,20 +495,20 @@ def multiplier(log_alpha_prime, config):
 
 
 def multiplier_loss(log_alpha_prime, penalty, config):
-    """Raises α' while the regulariser exceeds its gap."""
+    """Raises α' while the regulariser, less its gap, is positive. penalty [] -> []."""
     alpha_prime = multiplier(log_alpha_prime, config)
     return -alpha_prime * penalty / 2, {"alpha_prime": alpha_prime}
 
 
 def actor_loss(params, state, batch, noise, config):
-    """Soft actor-critic's loss, and AntMaze's cloning term. Also gives π(·|s) and log π(ã|s)."""
+    """Soft actor-critic's loss, and AntMaze's cloning term. Also gives π(·|s) and its entropy."""
     distribution = actor(params, batch.obs)
     action, log_prob = (x[:, 0] for x in sample(distribution, noise.policy[:, None]))
     q = critics(state.critic, batch.obs, action).min(axis=0)  # [B]
     squared_error = jnp.square(action - batch.action).sum(axis=-1)
     chex.assert_equal_shape([q, log_prob, squared_error])
     loss = jnp.exp(state.log_alpha) * log_prob - q + config.bc_weight * squared_error
-    info = {"actor_loss": loss.mean(), "entropy": -log_prob.mean(), "policy": distribution}
+    info = {"actor_loss": loss.mean(), "entropy": -log_prob.mean(), "distribution": distribution}
     return loss.mean(), info
 
 
@@ -502,7 +520,8 @@ def entropy_loss(log_alpha, entropy, batch):
 def log_likelihood_margin(params, batch, threshold):
     """log π(a|s) - C_n(s), mean of the action dimensions, log π floored at C_10: [B] (Eq. 6)."""
     mean, log_std = actor(params, batch.obs)
-    # In units of σ from μ, which float32 resolves for any σ.
+    # Actions as units of σ from μ before tanh, which float32 resolves for any σ; as tanh is
+    # monotone, to clip there is to clip the action.
     to_unit = lambda a: (jnp.arctanh(jnp.clip(a, -0.99999, 0.99999)) - mean) / jnp.exp(log_std)
 
     def log_density_away(n):
@@ -613,7 +632,7 @@ def update_step(state, batch, noise, config, *, online=False):
     policy, actor_opt, info = descend(
         actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, noise, config
     )
-    distribution = info.pop("policy")
+    distribution = info.pop("distribution")
     log_alpha, log_alpha_opt, alpha_info = descend(
         entropy_loss, state.log_alpha, actor_adam, state.log_alpha_opt, info["entropy"], batch
     )
@@ -648,18 +667,22 @@ def update_step(state, batch, noise, config, *, online=False):
         )
         info |= multiplier_info
 
-    state, coefficient_info = update_coefficient(state, batch, beta, regularised, config, online)
-    return state, info | coefficient_info
+    state, more_info = update_coefficient_and_targets(
+        state, batch, beta, regularised, config, online
+    )
+    return state, info | more_info
 
 
-def update_coefficient(state, batch, beta, regularised, config, online):
+def update_coefficient_and_targets(state, batch, beta, regularised, config, online):
     """β_φ and the threshold unless online, then the targets."""
     _, _, beta_adam = optimizers(config)
+    everywhere = jnp.ones_like(batch.trusted)
+    adaptive = config.coefficient == "adaptive"
 
     # --- β_φ and threshold: with the actor after its step, and the old n ---
     margin = log_likelihood_margin(state.actor, batch, state.threshold)
-    rows = batch.trusted if config.select_actions else jnp.ones_like(batch.trusted)
-    if config.coefficient == "adaptive" and not online:
+    rows = batch.trusted if config.select_actions else everywhere
+    if adaptive and not online:
         beta_params, beta_opt, _ = descend(
             coefficient_loss, state.coefficient, beta_adam, state.coefficient_opt,
             batch, margin, rows, config,
@@ -674,7 +697,7 @@ def update_coefficient(state, batch, beta, regularised, config, online):
     state = state._replace(
         target_critic=optax.incremental_update(state.critic, state.target_critic, rate)
     )
-    regularised = jnp.where(regularised.any(), regularised, jnp.ones_like(regularised)) > 0
+    regularised = jnp.where(regularised.any(), regularised, everywhere) > 0
     return state, {
         "beta_min": beta.min(where=regularised, initial=jnp.inf),
         "beta_mean": beta.mean(where=regularised),

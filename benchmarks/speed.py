@@ -5,9 +5,9 @@
 For either script at the paper's sizes (batch 256, 17 observations, 6 actions): seconds to compile,
 updates a second, the float32 matmul rate of the same process, the useful arithmetic as a share of
 it, and the cost of more seeds. `cql` scores every row's sampled actions; `cql_trusted37` those of
-the 37 % that are trusted alone, with the arithmetic of all counted still. Everything is timed in
-turns, so that a machine whose speed drifts slows all alike; medians are reported. Compare ratios,
-not seconds.
+the 37 % that are trusted alone, with the arithmetic of all counted still. Within a case, loops and
+matmuls are timed in turns, so that a machine whose speed drifts slows all alike; medians are
+reported. Compare ratios, not seconds.
 """
 
 import argparse

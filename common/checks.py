@@ -58,11 +58,19 @@ def check_config(config) -> None:
         layers = config.critic_layers
         if len(layers) != 2 or not all(isinstance(n, int) and n > 0 for n in layers):
             refuse("critic_layers", "must be the hidden layers of two critics such as (3,3)")
-        if not config.clip_diff_min < config.clip_diff_max:
-            refuse("clip_diff_min", f"must be below --config.clip_diff_max={config.clip_diff_max}")
+        if len(set(config.hidden_dims)) > 1:
+            refuse("hidden_dims", "must be equal widths, which the critics have too")
+        bounds = [config.clip_diff_min, config.clip_diff_max]
+        for field, bound in zip(("clip_diff_min", "clip_diff_max"), bounds, strict=True):
+            if bound is not None and bound != bound:
+                refuse(field, "is no number: give a bound, or leave it out")
+        if None not in bounds and not bounds[0] < bounds[1]:
+            refuse("clip_diff_min", f"must be below --config.clip_diff_max={bounds[1]}")
     for field, divisor in MULTIPLES:
         if divisor in config and config[field] % config[divisor]:
             refuse(field, f"must be a multiple of --config.{divisor}={config[divisor]}")
+    if config.coefficient == "adaptive" and config.coefficient_init == 0:
+        refuse("coefficient_init", "leaves nothing to adapt: give more, or coefficient=fixed")
     if config.num_seeds > 4096:
         refuse("num_seeds", "is more than one program can hold: run them in several")
     if not 0 <= config.seed < 2**31 - config.num_seeds:

@@ -57,14 +57,14 @@ def defaults():
     c.actor_lr = 3e-5
     c.critic_lr = 3e-4
     c.hidden_dims = (256, 256, 256)
-    c.critic_layers = (3, 3)  # hidden layers of either critic, as wide as the actor's first
+    c.critic_layers = (3, 3)  # hidden layers of either critic, as wide as the actor's
     c.num_sampled_actions = 10  # from each of three sources
     c.importance_sample = True
     c.cql_temperature = 1.0
-    c.clip_diff_min = -float("inf")
-    c.clip_diff_max = float("inf")
+    c.clip_diff_min = config_dict.placeholder(float)  # bounds of the regulariser, if any
+    c.clip_diff_max = config_dict.placeholder(float)
     c.lagrange = False
-    c.target_action_gap = -1.0  # with lagrange
+    c.target_action_gap = 0.8  # with lagrange
     c.max_target_backup = False
     c.backup_entropy = False
     c.bc_weight = 0.0
@@ -114,7 +114,7 @@ def get_config(task="demo"):
         c.normalize_observations, c.reward_scale, c.reward_bias = False, 10.0, -5.0
         c.offline_steps, c.eval_interval, c.eval_episodes = 2_000_000, 50_000, 100
         c.actor_lr, c.coefficient_init, c.critic_layers = 1e-4, 5.0, (5, 3)
-        c.lagrange, c.target_action_gap, c.clip_diff_min = True, 0.8, -200.0
+        c.lagrange, c.clip_diff_min = True, -200.0
         c.max_target_backup, c.bc_weight = True, 0.5
     else:
         c.offline_steps, c.eval_interval, c.eval_episodes = 10_000, 500, 20

@@ -82,7 +82,7 @@ def test_tasks_are_the_authors(row):
     else:
         shared |= {"coefficient_lr": 1e-8, "hidden_dims": (256,) * 3, "num_sampled_actions": 10}
         shared |= {"importance_sample": True, "cql_temperature": 1.0, "backup_entropy": False}
-        shared |= {"clip_diff_max": float("inf"), "anneal": "cosine", "decay_steps": 400_000}
+        shared |= {"clip_diff_max": None, "anneal": "cosine", "decay_steps": 400_000}
         shared |= ANTMAZE_CQL if antmaze else MUJOCO_CQL
     assert {key: config[key] for key in shared} == shared
 
@@ -92,7 +92,7 @@ ANTMAZE_CQL |= {"lagrange": True, "target_action_gap": 0.8, "clip_diff_min": -20
 ANTMAZE_CQL |= {"max_target_backup": True, "normalize_observations": False}
 ANTMAZE_CQL |= {"reward_scale": 10.0, "reward_bias": -5.0}
 MUJOCO_CQL = {"cql_alpha": 10.0, "actor_lr": 3e-5, "critic_layers": (3, 3), "bc_weight": 0.0}
-MUJOCO_CQL |= {"lagrange": False, "clip_diff_min": -float("inf"), "max_target_backup": False}
+MUJOCO_CQL |= {"lagrange": False, "clip_diff_min": None, "max_target_backup": False}
 MUJOCO_CQL |= {"normalize_observations": True, "reward_scale": 1.0, "reward_bias": 0.0}
 
 
@@ -168,7 +168,10 @@ def test_impossible_settings_are_named(overrides, words):
         ({"critic_layers": (3,)}, "critic_layers=(3,) must be the hidden layers of two critics"),
         ({"critic_layers": (3, 0)}, "critic_layers=(3, 0) must be the hidden layers"),
         ({"clip_diff_min": 5.0, "clip_diff_max": 1.0}, "clip_diff_min=5.0 must be below"),
-        ({"clip_diff_min": float("nan")}, "clip_diff_min=nan must be below"),
+        ({"clip_diff_min": float("nan")}, "clip_diff_min=nan is no number"),
+        ({"clip_diff_max": float("nan")}, "clip_diff_max=nan is no number"),
+        ({"hidden_dims": (400, 300)}, "hidden_dims=(400, 300) must be equal widths"),
+        ({"cql_alpha": 0.0}, "coefficient_init=0.0 leaves nothing to adapt"),
         ({"target_action_gap": float("inf")}, "target_action_gap=inf must lie between"),
         ({"cql_alpha": -1.0}, "coefficient_init=-1.0 must lie between 0"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),

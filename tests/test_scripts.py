@@ -59,8 +59,10 @@ def test_sections_and_names_come_in_the_same_order():
 @pytest.mark.parametrize(("name", "lines"), [("main", 2), ("load_data", 1)])
 def test_programs_differ_in_their_name_and_the_action_clip_alone(name, lines):
     a, b = (definitions(source(script))[name].splitlines() for script in SCRIPTS)
-    changed = [line for line in difflib.ndiff(a, b) if line.startswith("+ ")]
-    assert len(changed) <= lines
+    difference = list(difflib.ndiff(a, b))
+    removed = [line for line in difference if line.startswith("- ")]
+    changed = [line for line in difference if line.startswith("+ ")]
+    assert len(removed) == len(changed) == lines
     assert all("ssar_cql" in line or "clip" in line for line in changed)
 
 

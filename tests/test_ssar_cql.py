@@ -142,21 +142,38 @@ def test_blocks_of_trusted_rows_equal_the_plain_regulariser(overrides):
             assert not at_floor.all()
 
 
-def test_untrusted_rows_cost_nothing(config):
-    """The compiled loop over blocks stops after the last row that has a weight."""
-    state, batch = one(states(config, [0])), toy_batch()
-    policy = ssar.actor(state.actor, batch.obs)
-    noise = ssar.sample_noise(jax.random.key(1), batch, config)
-    poisoned = batch._replace(obs=batch.obs.at[0].set(jnp.nan))
-    samples, log_prob = ssar.sampled_actions(policy, policy, noise)
-    loss = partial(ssar.regulariser, config=config)
+def test_untrusted_rows_cost_nothing():
+    """No block without a weighted row is computed, and no row of weight 0 is looked at."""
+    count_blocks = lambda params, x, weight: params + 0 * weight.sum()
+    blocks = jax.jit(lambda weight: ssar.sum_in_blocks(count_blocks, 8, 1.0, (weight, weight)))
+    order = np.random.default_rng(0).permutation(32)
+    for rows, expected in ((0, 0), (1, 1), (8, 1), (9, 2), (24, 3), (25, 4), (32, 4)):
+        assert blocks(jnp.asarray(order < rows, jnp.float32)) == expected
+    total = lambda params, x, weight: (params * x * weight).sum()
+    x = jnp.ones(32).at[5].set(jnp.nan)
+    without = jnp.ones(32).at[5].set(0)
+    assert ssar.sum_in_blocks(total, 8, 2.0, (x, without)) == 62  # NaN · 0 would be NaN
+    assert np.isnan(ssar.sum_in_blocks(total, 8, 2.0, (x, jnp.ones(32))))
 
-    def scored(weight):
-        rows = (poisoned.obs, batch.action, samples, log_prob, weight)
-        return ssar.sum_in_blocks(loss, config.block_size, state.critic, rows)
 
-    assert np.isfinite(scored(jnp.ones(32).at[0].set(0)))  # NaN * 0 would be NaN
-    assert np.isnan(scored(jnp.ones(32)))
+def test_noise_is_what_the_losses_expect():
+    """Uniform in [-1, 1], standard normal otherwise, and every field independent of the others."""
+    for max_target_backup in (False, True):
+        config = frozen(max_target_backup=max_target_backup, num_sampled_actions=5)
+        batch = toy_batch(rows=4000)
+        noise = ssar.sample_noise(jax.random.key(0), batch, config)
+        assert noise.target_action.shape == (4000, 5 if max_target_backup else 1, ACTION)
+        columns = {}
+        for name, x in noise._asdict().items():
+            x = np.asarray(x)
+            uniform = name == "random_action"
+            np.testing.assert_allclose(x.mean(), 0, atol=0.03, err_msg=name)
+            np.testing.assert_allclose(x.std(), 3**-0.5 if uniform else 1, rtol=0.03, err_msg=name)
+            assert (abs(x).max() <= 1) == uniform
+            flat = x.reshape(4000, -1)
+            columns |= {(name, i): flat[:, i] for i in range(flat.shape[1])}
+        correlation = np.corrcoef(list(columns.values())) - np.eye(len(columns))
+        assert abs(correlation).max() < 0.1
 
 
 def test_proposition_3_1():
@@ -190,7 +207,7 @@ def test_proposition_3_1():
         assert max(abs(x).max() for x in jax.tree.leaves(ours)) > 0.1
 
 
-def test_policy_is_evaluated_once_per_state(config):
+def test_policy_is_evaluated_once_per_state():
     """In a whole update: at s before the actor's step, at s', and at s after it; forward only."""
     config = frozen(coefficient_hidden_dims=(8, 8, 8))
     state, batch = one(states(config, [0])), toy_batch()
@@ -441,7 +458,7 @@ def test_entropy_and_multiplier_move_towards_their_targets(config):
     assert slope(20.0, 2.0) == 0  # capped at 1e6
 
 
-def test_initial_networks_are_the_authors(config):
+def test_initial_networks_are_the_authors():
     """Small means, σ near exp(-1), orthogonal critics of the given depths."""
     config = frozen(critic_layers=(4, 3), hidden_dims=(64, 64, 64))
     state, batch = one(states(config, [0])), toy_batch()
@@ -455,6 +472,9 @@ def test_initial_networks_are_the_authors(config):
         last = params[f"layers_{len(params) // 2}"]["kernel"]
         np.testing.assert_allclose(jnp.linalg.norm(last), 0.01, rtol=1e-4)
     assert same_bits(state.critic, state.target_critic)
+    assert (float(state.log_alpha), float(state.log_alpha_prime)) == (0, 1)
+    assert float(state.threshold.n) == config.n_start
+    assert int(state.threshold.stopped_at) == -1
 
 
 def test_seeds_are_initialised_without_batched_qr(config):
