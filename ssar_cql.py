@@ -12,7 +12,8 @@ log Σ exp Q - Q(s, a) is -log π(a|s)                                          
         α: Adam on -log α (mean log π(ã|s) - |A|)
         y  = r + γ (1 - d) min_i Q_target_i(s', a'), a' ~ π(s')
         Q_i: Adam on mean (Q_i(s, a) - y)² + mean β_φ(s) (log Σ_j exp Q_i(s, a_j) / p_j - Q_i(s, a))
-            over K uniform a_j, K from π(s') and K from π(s), each of density p_j
+            over K uniform a_j, K from π(s') and K from π(s), each of density p_j;
+            with loosen_bound, 0 for β_φ outside D̂
     then, with the new π:
         margin = mean_dims max(log π(a|s), C_10(s)) - C_n(s)                             (Eq. 6)
         β_φ: Adam on mean margin · β_φ(s) over D̂                                     (Eq. 5, 9)
@@ -31,7 +32,8 @@ log Σ exp Q - Q(s, a) is -log π(a|s)                                          
             loosen_bound         loosen_bound             only D̂ is regularised
             expectile            iql_tau                  the IQL's expectile, for selection = iql
     K       num_sampled_actions  cql_n_actions            actions drawn from each source
-    γ       discount                                      N_end is decay_steps
+    γ       discount
+    N_end   decay_steps          decay_steps              online updates until β_φ has faded
 
     on AntMaze only, after cql_lagrange, cql_target_action_gap, cql_clip_diff_min and the like:
     α'      lagrange, target_action_gap  α' β_φ (regulariser - gap) instead, α' tuned to the gap
@@ -416,7 +418,7 @@ def critic_loss(params, state, batch, noise, distribution, weight, config):
     best = next_q.argmax(axis=1, keepdims=True)
     if config.backup_entropy:
         next_q -= jnp.exp(state.log_alpha) * next_log_prob
-    next_q = jnp.take_along_axis(next_q, best, axis=1)[:, 0]
+    next_q = jnp.take_along_axis(next_q, best, axis=1)[:, 0]  # best by Q alone
     target = batch.reward + config.discount * (1 - batch.terminated) * next_q  # [B]
     q = critics(params, batch.obs, batch.action)  # [2, B]
     chex.assert_equal_shape([target, q[0], weight])

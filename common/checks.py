@@ -40,7 +40,8 @@ def check_config(config) -> None:
     """Raises InputError, naming the field and the mend, for values that cannot work."""
 
     def refuse(field, why):
-        raise InputError(f"--config.{field}={config[field]} {why}")
+        alias = " (cql_alpha)" if field == "coefficient_init" and "cql_alpha" in config else ""
+        raise InputError(f"--config.{field}={config[field]}{alias} {why}")
 
     for field, known in CHOICES.items():
         if config[field] not in known:

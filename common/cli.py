@@ -30,6 +30,14 @@ def run(main, name: str) -> None:
         def parse(argv):
             rest = flags.FLAGS(argv)
             config.value.keys()  # a file that could not be loaded raises here
+            missing = set(_settings(name).get_config()) - set(config.value)
+            if missing:
+                raise ValueError(
+                    f"the settings file given by --config lacks {', '.join(sorted(missing))}: "
+                    f"give one for {name}, for example --config=configs/{name}.py:hopper-medium-v2"
+                )
+            if any(arg.startswith("--config.task") for arg in argv):
+                raise ValueError(f"the task is chosen by --config=configs/{name}.py:<task>")
             if len(rest) > 1:
                 raise ValueError(f"'{rest[1]}' is no flag: settings are given as --config.<field>=")
             return rest
@@ -50,10 +58,14 @@ def run(main, name: str) -> None:
         sys.exit(f"{name}: {_one_line(error, name)}")
 
 
+def _settings(name):
+    return importlib.import_module(f"configs.{name}")
+
+
 def _one_line(error, name) -> str:
     if isinstance(error, AttributeError):  # an unknown field
         field = str(error).split("\\n")[0].strip("'\"\\")
-        known = ", ".join(sorted(importlib.import_module(f"configs.{name}").get_config()))
+        known = ", ".join(sorted(_settings(name).get_config()))
         return f"no field '{field}': --config.<field>= takes {known}"
     if isinstance(error, OSError):
         return (
@@ -66,7 +78,7 @@ def _one_line(error, name) -> str:
 
 
 def _usage(name) -> str:
-    module = importlib.import_module(f"configs.{name}")
+    module = _settings(name)
     fields = [f"  --config.{field}={value}" for field, value in module.get_config().items()]
     return "\n".join(
         [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -278,13 +279,16 @@ def _env_spec(env: str | None, source: str) -> EnvSpec:
         raise InputError(
             f"{source} does not name its environment: give the Gymnasium id with --config.env=<id>"
         )
+    module, _, env_id = env.rpartition(":")
     try:
-        return copy.deepcopy(gymnasium.spec(env))
-    except gymnasium.error.Error as error:
+        if module:
+            importlib.import_module(module)  # registers its environments
+        return copy.deepcopy(gymnasium.spec(env_id))
+    except (gymnasium.error.Error, ImportError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(
             f"unknown environment '{env}' ({reason}): give a Gymnasium id with --config.env=<id>, "
-            "and install the package that registers it"
+            "or --config.env=<module>:<id> with the module that registers it"
         ) from None
 
 

@@ -45,6 +45,7 @@ class RunLog:
         self.trusted_fraction = trusted.mean(axis=1)
         self.data_fingerprint = data_fingerprint
         self.compile_seconds = 0.0
+        self.metrics = []
         self.history = []  # one dict an interval: step, updates_per_second; score and metrics [S]
         set_aside(self.workdir)
         os.makedirs(self.workdir, exist_ok=True)
@@ -53,6 +54,7 @@ class RunLog:
             tensorboardX.SummaryWriter(os.path.join(self.workdir, "tensorboard", f"seed_{seed}"))
             for seed in self.seeds
         ]
+        self._print_warnings()  # of the data: before the run, not after it
 
     @contextlib.contextmanager
     def compiling(self):
@@ -173,7 +175,8 @@ class RunLog:
             found.append(
                 f"selection={self.config.selection} trusts every transition: it selects nothing"
             )
-        broken = [key for key in self.metrics if not np.isfinite(self.history[-1][key]).all()]
+        last = self.history[-1] if self.history else {}
+        broken = [key for key in self.metrics if not np.isfinite(last[key]).all()]
         if broken:
             found.append(f"diverged: {', '.join(broken)} not finite in the last interval")
         return found
@@ -195,7 +198,10 @@ class RunLog:
             f"{results['updates_per_second']:.0f} updates/s, {results['wall_seconds']:.0f} s in all"
             f" -> {self.workdir}"
         )
-        for warning in results["warnings"]:
+        self._print_warnings()
+
+    def _print_warnings(self):
+        for warning in self.warnings():
             print(f"warning: {warning}", file=sys.stderr)
 
     def _write_json(self, name, content):

@@ -171,9 +171,9 @@ def test_impossible_settings_are_named(overrides, words):
         ({"clip_diff_min": float("nan")}, "clip_diff_min=nan is no number"),
         ({"clip_diff_max": float("nan")}, "clip_diff_max=nan is no number"),
         ({"hidden_dims": (400, 300)}, "hidden_dims=(400, 300) must be equal widths"),
-        ({"cql_alpha": 0.0}, "coefficient_init=0.0 leaves nothing to adapt"),
+        ({"cql_alpha": 0.0}, "coefficient_init=0.0 (cql_alpha) leaves nothing to adapt"),
         ({"target_action_gap": float("inf")}, "target_action_gap=inf must lie between"),
-        ({"cql_alpha": -1.0}, "coefficient_init=-1.0 must lie between 0"),
+        ({"cql_alpha": -1.0}, "coefficient_init=-1.0 (cql_alpha) must lie between 0"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
     ],
 )

@@ -375,6 +375,10 @@ def test_bad_sources_are_named(tmp_path):
         (("toy", str(text), "ssar-test/Walk-v0"), [str(text), "not a readable HDF5 file"]),
         (("toy", good, None), [good, "--config.env="]),
         (("toy", good, "Hoper-v4"), ["unknown environment 'Hoper-v4'", "--config.env="]),
+        (
+            ("toy", good, "no_module:Walk-v0"),
+            ["unknown environment 'no_module:Walk-v0'", "<module>"],
+        ),
         (("mujoco/none-v0",), ["no local Minari data set 'mujoco/none-v0'", "minari download"]),
         (("hopper-medium-v2",), ["hopper-medium-v2 is a D4RL task", "--config.dataset_path="]),
         ((None,), ["no data set", "--config.dataset="]),
@@ -386,3 +390,8 @@ def test_bad_sources_are_named(tmp_path):
         assert "\n" not in str(error.value)
         for word in words:
             assert word in str(error.value)
+
+
+def test_an_environment_may_name_the_module_that_registers_it(tmp_path):
+    path = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(60))
+    assert load_dataset("toy", path, "toys:ssar-test/Walk-v0").env.id == "ssar-test/Walk-v0"

@@ -218,13 +218,14 @@ def test_sparse_rewards_select_by_success(tmp_path):
     assert results["trusted_fraction"][0] == pytest.approx(lengths[won].sum() / len(ends))
 
 
-def test_a_thin_sub_dataset_is_a_warning(data, tmp_path):
+def test_a_thin_sub_dataset_is_a_warning(data, tmp_path, capsys):
     columns = toy_columns(4000)
     lengths = np.diff(np.flatnonzero(columns["terminals"] | columns["timeouts"]), prepend=-1)
     columns["rewards"][: lengths[0]] = 100
     path = write_hdf5(tmp_path / "thin.hdf5", **columns)
     results = ssar.main(tiny_config(path, return_threshold=99.0), str(tmp_path / "run"))
     assert "thin sub-dataset" in results["warnings"][0]
+    assert capsys.readouterr().err.count("warning: thin sub-dataset") == 2  # before and after
     everything = ssar.main(tiny_config(data, return_threshold=-1e9), str(tmp_path / "all"))
     assert "selects nothing" in everything["warnings"][0]
     assert ssar.main(tiny_config(data), str(tmp_path / "healthy"))["warnings"] == []
@@ -290,6 +291,11 @@ def test_folders_that_are_no_run_are_left_alone(data, tmp_path):
             "no file /no/such.hdf5",
         ),
         (["--config=configs/ssar_td3bc.py:hoper-v2"], "unknown task 'hoper-v2'"),
+        (["--config=configs/ssar_cql.py:demo"], "settings file given by --config lacks expl_noise"),
+        (
+            ["--config.task=hopper-medium-v2"],
+            "the task is chosen by --config=configs/ssar_td3bc.py:",
+        ),
         (["--config.updat_period=3"], "no field 'updat_period': --config.<field>= takes actor_lr"),
         (["--config=configs/none.py"], "no such settings file"),
         (["--config.hidden_dims=(1.5,2)"], "must be layer widths"),
