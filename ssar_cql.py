@@ -20,6 +20,10 @@ log Σ exp Q - Q(s, a) is -log π(a|s)                                          
         every T_inc updates: n += (n_end - n_start) / 10,
             until the mean margin over D̂ is > 0 once; n never moves again              (Sec. 3.2)
         targets: 0.005 new + 0.995 old
+    online, every seed in an environment of its own, after every step of it, a ~ π(s):
+        store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline rows
+        (all of D | half a batch | its part of 50 best episodes | none) and stored ones, but with
+        β_φ and n frozen and β_φ times cos(min(N / N_end, 1) π / 2) after N such updates
 
     symbol  config field         authors' name  in        meaning
     β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain CQL
@@ -34,6 +38,7 @@ log Σ exp Q - Q(s, a) is -log π(a|s)                                          
     K       num_sampled_actions  cql_n_actions            actions drawn from each source
     γ       discount
     N_end   decay_steps          decay_steps              online updates until β_φ has faded
+            buffer_init          load_way                 all | half | part | none
 
     on AntMaze only, after cql_lagrange, cql_target_action_gap, cql_clip_diff_min and the like:
     α'      lagrange, target_action_gap  α' β_φ (regulariser - gap) instead, α' tuned to the gap
@@ -48,11 +53,15 @@ within 0.1 n of tanh(μ); log π is floored at C_10; D̂ masks the β_φ loss bu
 whole batch; n is tested on single batches; the annealing is a cosine.
 Deviations from that code: the margin is formed in units of σ before tanh, and the data's action
 kept within ±0.99999 there, so that none is NaN or lost to rounding; no annealing if decay_steps
-is not positive; beta_min, beta_mean and beta_max are taken over the rows that are regularised.
+is not positive; beta_min, beta_mean and beta_max are taken over the rows that are regularised; a
+step that ends the task at the time limit is a terminal; stored rows never overwrite offline ones;
+every row stored online is trusted; evaluation has environments of its own.
 
     python ssar_cql.py
     python ssar_cql.py --config=configs/ssar_cql.py:hopper-medium-v2 \
         --config.dataset_path=hopper_medium-v2.hdf5 --config.num_seeds=5
+    python ssar_cql.py --config.offline_checkpoint=runs/ssar_cql/hopper-medium-v2/0 \
+        --config.online_steps=250000
 """
 
 import time
@@ -67,10 +76,11 @@ import ml_collections
 import numpy as np
 import optax
 
-from common.checkpoint import save_checkpoint
+from common.checkpoint import load_offline, save_checkpoint
 from common.checks import InputError, check_config, check_workdir
 from common.cli import run
 from common.dataset import (
+    best_episodes,
     cached_labels,
     episode_lengths,
     episode_returns,
@@ -78,7 +88,7 @@ from common.dataset import (
     fit_normalizer,
     load_dataset,
 )
-from common.evaluation import Evaluator
+from common.evaluation import Collector, Evaluator
 from common.report import RunLog, progress
 
 # ------------------------------------------------------------------------------- data structures
@@ -130,6 +140,13 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] i32, updates so far
     online_step: jax.Array  # [] i32, those of them online
     key: jax.Array  # [] PRNG key
+
+
+class Ring(NamedTuple):
+    """What every seed met online, C rows at most: when they are full, the oldest makes place."""
+
+    rows: Transition  # [S, C, ...]
+    added: jax.Array  # [] i32, rows written so far
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -377,7 +394,8 @@ def label_by_iql(keys, data, config):
 def select_trusted(data, ends, keys, data_fingerprint, config):
     """D̂ as `config.selection` builds it: bool [S, N]. Raises InputError when it is empty."""
     rewards = np.asarray(data.reward)
-    if config.coefficient == "fixed":
+    unused = config.offline_steps == 0 and config.buffer_init == "none"
+    if config.coefficient == "fixed" or unused:
         trusted = np.ones(len(rewards), bool)  # the plain algorithm regularises everywhere
     elif config.selection == "iql":
         name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
@@ -390,7 +408,7 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
         trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)
     else:
         trusted = np.ones(len(rewards), bool)
-    if not trusted.any(axis=-1).all():
+    if len(rewards) and not trusted.any(axis=-1).all():
         best, bound = episode_returns(rewards, ends).max(), config.return_threshold
         mend = {
             "return": f"lower --config.return_threshold={bound} below the best return, {best:.1f}",
@@ -623,7 +641,7 @@ def sample_noise(key, batch, config):
 def update_step(state, batch, noise, config, *, online=False):
     """One update: actor and α, critics and α', then β_φ and threshold unless online, targets.
 
-    online: whether β_φ and n are frozen and β_φ annealed, static.
+    online: whether β_φ and n are frozen and β_φ annealed; static.
     Returns the new state and scalars.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
@@ -645,7 +663,8 @@ def update_step(state, batch, noise, config, *, online=False):
         regularised = batch.trusted if config.loosen_bound else everywhere
     else:
         beta, regularised = config.coefficient_init * everywhere, everywhere
-    weight = beta * regularised * (anneal_factor(state.online_step, config) if online else 1)
+    anneal = anneal_factor(state.online_step, config) if online else 1.0
+    weight = beta * regularised * anneal
     pair, critic_opt, critic_info = descend(
         critic_loss, state.critic, critic_adam, state.critic_opt,
         state, batch, noise, distribution, weight, config,
@@ -658,7 +677,7 @@ def update_step(state, batch, noise, config, *, online=False):
         critic=pair,
         critic_opt=critic_opt,
     )
-    info |= alpha_info | critic_info
+    info |= alpha_info | critic_info | {"anneal": jnp.asarray(anneal, beta.dtype)}
     if config.lagrange:
         log_alpha_prime, log_alpha_prime_opt, multiplier_info = descend(
             multiplier_loss, state.log_alpha_prime, critic_adam, state.log_alpha_prime_opt,
@@ -748,7 +767,175 @@ def act(actor_params, observations):
     return jnp.tanh(mean)
 
 
+def pretrain(state, data, evaluate, log, config):
+    """Offline: compiled intervals, an evaluation after each. state [S, ...], given up."""
+    with log.compiling():
+        train = train_interval.lower(state, data, config=config).compile()
+    with progress(config.offline_steps, "offline") as bar:
+        for step in range(config.eval_interval, config.offline_steps + 1, config.eval_interval):
+            with log.training(config.eval_interval):
+                state, info = jax.block_until_ready(train(state, data))
+            log.interval("offline", step, evaluate(state.actor), info)
+            bar.set_postfix(log.headline())
+            bar.update(config.eval_interval)
+    return state
+
+
+# ----------------------------------------------------------------------------- offline to online
+
+
+def offline_rows(data, ends, config):
+    """The offline rows that stay in use online, by `buffer_init`: Transition [M, ...], M >= 0."""
+    if config.buffer_init in ("all", "half"):
+        return data
+    part = config.buffer_init == "part"
+    rows = best_episodes(np.asarray(data.reward), ends, 50) if part else np.arange(0)
+    return take(data._replace(trusted=None), rows)._replace(trusted=data.trusted[:, rows])
+
+
+def init_ring(data, config):
+    """An empty ring on the device."""
+    shape = (config.num_seeds, config.buffer_capacity or config.online_steps)
+    row = data._replace(trusted=data.reward)
+    rows = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), x.dtype), row)
+    return Ring(rows, added=jnp.int32(0))
+
+
+def store(ring, transition):
+    """Writes a transition of every seed, [S, ...]; in place where the ring is donated."""
+    place = ring.added % ring.rows.reward.shape[1]
+    write = partial(jax.lax.dynamic_update_index_in_dim, index=place, axis=1)
+    return Ring(jax.tree.map(write, ring.rows, transition), ring.added + 1)
+
+
+def draw(key, data, stored, added, config):
+    """A batch [B] of offline and stored rows, each as likely as any other; `half`: half of each.
+
+    data: Transition [M, ...]. stored: one seed's part of the ring, [C, ...]; added: the ring's.
+    """
+    num_offline, num_stored = len(data.reward), jnp.minimum(added, len(stored.reward))
+    if config.buffer_init == "half":
+        half, keys = config.batch_size // 2, jax.random.split(key)
+        old = take(data, jax.random.randint(keys[0], (half,), 0, num_offline))
+        rows = jax.random.randint(keys[1], (config.batch_size - half,), 0, num_stored)
+        return jax.tree.map(lambda *halves: jnp.concatenate(halves), old, take(stored, rows))
+    rows = jax.random.randint(key, (config.batch_size,), 0, num_offline + num_stored)
+    new = take(stored, jnp.maximum(rows - num_offline, 0))
+    if num_offline == 0:
+        return new
+    old = take(data, jnp.minimum(rows, num_offline - 1))
+    choose = jax.vmap(lambda is_old, old, new: jnp.where(is_old, old, new))
+    return jax.tree.map(partial(choose, rows < num_offline), old, new)
+
+
+@jax.jit
+def explore(actor_params, observations, keys, step):
+    """Samples of π(·|s): parameters [S, ...], standardised [S, O], keys [S] -> [S, A].
+
+    step: of the environment, [] i32; every step has a noise of its own.
+    """
+
+    def one_seed(params, obs, key):
+        mean, log_std = actor(params, obs)
+        noise = jax.random.normal(jax.random.fold_in(key, step), mean.shape)
+        return jnp.tanh(mean + jnp.exp(log_std) * noise)
+
+    return over_seeds(one_seed, actor_params, observations, keys)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames=("state", "ring", "totals"))
+def online_step(state, ring, totals, data, transition, config):
+    """Stores a transition of every seed, then makes one update of each.
+
+    state, ring: [S, ...], donated and changed in place. data: offline_rows. transition: [S, ...].
+    totals: {metric: (sum [S], count [])} of the updates before, donated; this one is added.
+    """
+    ring = store(ring, transition)
+
+    def one_seed(state, stored, trusted):
+        key, index_key, noise_key = jax.random.split(state.key, 3)
+        batch = draw(index_key, data._replace(trusted=trusted), stored, ring.added, config)
+        noise = sample_noise(noise_key, batch, config)
+        return update_step(state._replace(key=key), batch, noise, config, online=True)
+
+    state, info = over_seeds(one_seed, state, ring.rows, data.trusted)
+    for name, value in info.items():
+        total, count = totals.get(name, (0.0, 0.0))
+        totals = totals | {name: (total + value, count + 1)}
+    return state, ring, totals
+
+
+def compile_online(state, ring, data, keys, config):
+    """The programs of an environment step, and the zeros that its metrics are added to.
+
+    Returns explore, store, online_step and totals.
+    """
+    transition = jax.tree.map(lambda x: x[:, 0], ring.rows)
+    choose = explore.lower(state.actor, transition.obs, keys, np.int32(0)).compile()
+    collect = jax.jit(store, donate_argnums=0).lower(ring, transition).compile()
+    update = partial(online_step, config=config)
+    totals = jax.eval_shape(update, state, ring, {}, data, transition)[2]
+    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), totals)
+    args = (state, ring, totals, data, transition)
+    learn = online_step.lower(*args, config=config).compile()
+    return choose, collect, learn, totals
+
+
+def finetune(state, data, ends, envs, evaluate, log, config):
+    """Online: a step of every seed's environment, then one update of every seed, and so on.
+
+    state: TrainState [S, ...], given up. ends: the last rows of offline episodes, bool [N].
+    Returns the state after `online_steps` steps, the first `warmup_steps` of them without update.
+    """
+    data = offline_rows(data, ends, config)
+    ring = init_ring(data, config)
+    # Updates split the same keys: a tag that no split reaches keeps the two apart.
+    keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
+    with log.compiling():
+        choose, collect, learn, totals = compile_online(state, ring, data, keys, config)
+    log.interval("online", 0, evaluate(state.actor), dict.fromkeys([*totals, "n"]))
+    obs, started = envs.reset(), time.perf_counter()
+    with progress(config.online_steps, "online", "step") as bar:
+        for step in range(1, config.online_steps + 1):
+            # --- act ---
+            action = np.asarray(choose(state.actor, obs, keys, np.int32(step)))
+            outcome = envs.step(action)
+            transition = Transition(
+                obs=obs,
+                action=action,
+                reward=modify_reward(outcome.reward, config),
+                next_obs=outcome.next_obs,
+                terminated=outcome.terminated,
+                trusted=np.ones_like(outcome.reward),
+            )
+            obs = outcome.obs
+
+            # --- learn ---
+            if step <= config.warmup_steps:
+                ring = collect(ring, transition)
+            else:
+                state, ring, totals = learn(state, ring, totals, data, transition)
+            bar.update(1)
+
+            # --- evaluate ---
+            if step % config.eval_interval == 0:
+                sums = jax.device_get(totals)  # waits for the last update
+                log.interacted(config.eval_interval, time.perf_counter() - started, envs)
+                info = {name: x / count if count else None for name, (x, count) in sums.items()}
+                info["n"] = state.threshold.n
+                log.interval("online", step, evaluate(state.actor), info)
+                bar.set_postfix(log.headline())
+                totals = jax.tree.map(jnp.zeros_like, totals)
+                started = time.perf_counter()
+    return state
+
+
 # ------------------------------------------------------------------------------------------ main
+
+
+def modify_reward(reward, config):
+    """The reward that is learned from, offline and online: scaled, then shifted."""
+    return config.reward_scale * reward + np.float32(config.reward_bias)
 
 
 def load_data(dataset, config):
@@ -757,7 +944,7 @@ def load_data(dataset, config):
     data = Transition(
         obs=normalizer(dataset.observations),
         action=dataset.actions.clip(-1 + 1e-4, 1 - 1e-4),
-        reward=config.reward_scale * dataset.rewards + np.float32(config.reward_bias),
+        reward=modify_reward(dataset.rewards, config),
         next_obs=normalizer(dataset.next_observations),
         terminated=dataset.terminals.astype(np.float32),
         trusted=None,
@@ -773,36 +960,39 @@ def main(config, workdir=None):
     """
     started = time.perf_counter()
     config = ml_collections.FrozenConfigDict(config)
-    workdir = workdir or f"runs/ssar_cql/{config.task}/{config.seed}"
+    phase = "-online" if config.offline_checkpoint else ""
+    workdir = workdir or f"runs/ssar_cql/{config.task}/{config.seed}{phase}"
     check_config(config)
-    check_workdir(workdir)
+    check_workdir(workdir, config.offline_checkpoint)
     dataset = load_dataset(config.dataset, config.dataset_path, config.env)
-    evaluate = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
+    evaluator = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
 
     # --- the data, and the part of it that β_φ may trust ---
     data, normalizer = load_data(dataset, config)
     keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.num_seeds)])
-    data_fingerprint = fingerprint(data)
-    trusted = select_trusted(data, dataset.episode_ends, keys, data_fingerprint, config)
-    log = RunLog("ssar_cql", workdir, config, dataset, trusted, data_fingerprint)
-    data = data._replace(trusted=jnp.asarray(trusted, jnp.float32))
-
-    # --- offline: compiled intervals, an evaluation after each ---
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
     init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, action_dim, config)))
-    state = init(keys)
-    with log.compiling():
-        train = train_interval.lower(state, data, config=config).compile()
-    with progress(config.offline_steps, "offline") as bar:
-        for step in range(config.eval_interval, config.offline_steps + 1, config.eval_interval):
-            with log.training(config.eval_interval):
-                state, info = jax.block_until_ready(train(state, data))
-            episodes = evaluate(act, state.actor, normalizer)
-            log.interval("offline", step, episodes, info)
-            bar.set_postfix(log.headline())
-            bar.update(config.eval_interval)
+    data_fingerprint = fingerprint(data)
+    if config.offline_checkpoint:
+        saved = load_offline(config, data_fingerprint, jax.eval_shape(init, keys))
+        state, normalizer, trusted = saved
+    else:
+        trusted = select_trusted(data, dataset.episode_ends, keys, data_fingerprint, config)
+        state = init(keys)
+    log = RunLog("ssar_cql", workdir, config, dataset, trusted, data_fingerprint)
+    data = data._replace(trusted=jnp.asarray(trusted, jnp.float32))
+    evaluate = partial(evaluator, act, normalizer=normalizer)
+    save = partial(save_checkpoint, log.workdir, normalizer, trusted, data_fingerprint)
 
-    save_checkpoint(log.workdir, {"state": state, "normalizer": normalizer._asdict()})
+    # --- offline, then online ---
+    if config.offline_steps and not config.offline_checkpoint:
+        state = pretrain(state, data, evaluate, log, config)
+        if config.online_steps:
+            save("offline_checkpoint", state)
+    if config.online_steps:
+        envs = Collector(dataset, config.num_seeds, config.seed, normalizer)
+        state = finetune(state, data, dataset.episode_ends, envs, evaluate, log, config)
+    save("checkpoint", state)
     return log.finish(state.threshold.stopped_at, time.perf_counter() - started)
 
 

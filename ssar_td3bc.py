@@ -16,6 +16,10 @@ where they are not, shaped only by the part D̂ of the data that can be trusted.
             every T_inc updates: n += (n_end - n_start) / 10,
                 until the mean margin over D̂ is > 0 once; n never moves again          (Sec. 3.2)
             targets: 0.005 new + 0.995 old
+    online, every seed in an environment of its own, after every step of it:
+        store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline rows
+        (all of D | half a batch | its part of 50 best episodes | none) and stored ones, but with
+        β_φ and n frozen, β_φ times max(1 - N / N_end, 0) after N such updates, and new_policy_freq
 
     symbol  config field      authors' name    in        meaning
     β_φ     coefficient       ParaNet, beta    Eq. 5, 9  adaptive: a network; fixed: plain TD3+BC
@@ -28,17 +32,23 @@ where they are not, shaped only by the part D̂ of the data that can be trusted.
             select_actions    select_actions   Eq. 9     only D̂ shapes β_φ and the threshold
             loosen_bound      loosen_bound               only D̂ is cloned
             expectile         iql_tau                    the IQL's expectile, for selection = iql
-    c, γ    noise_clip, discount                         TD3's; N_end is decay_steps
+    c, γ    noise_clip, discount                         TD3's
+    N_end   decay_steps       decay_steps                online updates until β_φ has faded
+            buffer_init       load_way                   all | half | part | none
 
 Where paper and authors' code differ, the code is followed, for it made the published numbers: β_φ
 multiplies the cloning term and the Q term is normalised by its mean size alone; D̂ masks the β_φ
 loss but the mean is over the whole batch; n is tested on single batches.
 Deviations from that code: the annealing stops at 0 instead of going negative; beta_min, beta_mean
-and beta_max are taken over the rows that are cloned, without zeros for the rest.
+and beta_max are taken over the rows that are cloned, without zeros for the rest; a step that ends
+the task at the time limit is a terminal; stored rows never overwrite offline ones; every row stored
+online is trusted; evaluation has environments of its own.
 
     python ssar_td3bc.py
     python ssar_td3bc.py --config=configs/ssar_td3bc.py:hopper-medium-v2 \
         --config.dataset_path=hopper_medium-v2.hdf5 --config.num_seeds=5
+    python ssar_td3bc.py --config.offline_checkpoint=runs/ssar_td3bc/hopper-medium-v2/0 \
+        --config.online_steps=250000
 """
 
 import time
@@ -53,10 +63,11 @@ import ml_collections
 import numpy as np
 import optax
 
-from common.checkpoint import save_checkpoint
+from common.checkpoint import load_offline, save_checkpoint
 from common.checks import InputError, check_config, check_workdir
 from common.cli import run
 from common.dataset import (
+    best_episodes,
     cached_labels,
     episode_lengths,
     episode_returns,
@@ -64,7 +75,7 @@ from common.dataset import (
     fit_normalizer,
     load_dataset,
 )
-from common.evaluation import Evaluator
+from common.evaluation import Collector, Evaluator
 from common.report import RunLog, progress
 
 # ------------------------------------------------------------------------------- data structures
@@ -109,6 +120,13 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] i32, updates so far
     online_step: jax.Array  # [] i32, those of them online
     key: jax.Array  # [] PRNG key
+
+
+class Ring(NamedTuple):
+    """What every seed met online, C rows at most: when they are full, the oldest makes place."""
+
+    rows: Transition  # [S, C, ...]
+    added: jax.Array  # [] i32, rows written so far
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -308,7 +326,8 @@ def label_by_iql(keys, data, config):
 def select_trusted(data, ends, keys, data_fingerprint, config):
     """D̂ as `config.selection` builds it: bool [S, N]. Raises InputError when it is empty."""
     rewards = np.asarray(data.reward)
-    if config.coefficient == "fixed":
+    unused = config.offline_steps == 0 and config.buffer_init == "none"
+    if config.coefficient == "fixed" or unused:
         trusted = np.ones(len(rewards), bool)  # the plain algorithm regularises everywhere
     elif config.selection == "iql":
         name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
@@ -321,7 +340,7 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
         trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)
     else:
         trusted = np.ones(len(rewards), bool)
-    if not trusted.any(axis=-1).all():
+    if len(rewards) and not trusted.any(axis=-1).all():
         best, bound = episode_returns(rewards, ends).max(), config.return_threshold
         mend = {
             "return": f"lower --config.return_threshold={bound} below the best return, {best:.1f}",
@@ -436,7 +455,7 @@ def update_step(state, batch, noise, config, *, update_actor=None, online=False)
     """One update: the critics, and every policy_freq-th time the actor, β_φ, threshold and targets.
 
     update_actor: whether this is such a time, static; None leaves it to the state's counter.
-    online: whether β_φ and n are frozen and β_φ annealed, static.
+    online: whether β_φ and n are frozen, β_φ annealed, and new_policy_freq holds; static.
     Returns the new state and scalars, NaN for what the counter left out.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
@@ -452,7 +471,8 @@ def update_step(state, batch, noise, config, *, update_actor=None, online=False)
     delayed = partial(update_policy, batch=batch, config=config, online=online)
     if update_actor is None:
         nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), jax.eval_shape(delayed, state)[1])
-        due = state.step % config.policy_freq == 0
+        policy_freq = config.new_policy_freq if online else config.policy_freq
+        due = state.step % policy_freq == 0
         state, delayed_info = jax.lax.cond(due, delayed, lambda state: (state, nan), state)
         return state, info | delayed_info
     if update_actor:
@@ -473,7 +493,8 @@ def update_policy(state, batch, config, online):
         regularised = batch.trusted if config.loosen_bound else everywhere
     else:
         beta, regularised = config.coefficient_init * everywhere, everywhere
-    weight = beta * regularised * (anneal_factor(state.online_step, config) if online else 1)
+    anneal = anneal_factor(state.online_step, config) if online else 1.0
+    weight = beta * regularised * anneal
     policy, actor_opt, info = descend(
         actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, weight, config
     )
@@ -508,6 +529,7 @@ def update_policy(state, batch, config, online):
         "trusted_margin": (margin * rows).sum() / jnp.maximum(rows.sum(), 1),
         "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),
         "trusted_fraction": batch.trusted.mean(),
+        "anneal": jnp.asarray(anneal, margin.dtype),
     }
 
 
@@ -553,7 +575,189 @@ def act(actor_params, observations):
     return jax.vmap(actor)(actor_params, observations)
 
 
+def pretrain(state, data, evaluate, log, config):
+    """Offline: compiled intervals, an evaluation after each. state [S, ...], given up."""
+    with log.compiling():
+        train = train_interval.lower(state, data, config=config).compile()
+    with progress(config.offline_steps, "offline") as bar:
+        for step in range(config.eval_interval, config.offline_steps + 1, config.eval_interval):
+            with log.training(config.eval_interval):
+                state, info = jax.block_until_ready(train(state, data))
+            log.interval("offline", step, evaluate(state.actor), info)
+            bar.set_postfix(log.headline())
+            bar.update(config.eval_interval)
+    return state
+
+
+# ----------------------------------------------------------------------------- offline to online
+
+
+def offline_rows(data, ends, config):
+    """The offline rows that stay in use online, by `buffer_init`: Transition [M, ...], M >= 0."""
+    if config.buffer_init in ("all", "half"):
+        return data
+    part = config.buffer_init == "part"
+    rows = best_episodes(np.asarray(data.reward), ends, 50) if part else np.arange(0)
+    return take(data._replace(trusted=None), rows)._replace(trusted=data.trusted[:, rows])
+
+
+def init_ring(data, config):
+    """An empty ring on the device."""
+    shape = (config.num_seeds, config.buffer_capacity or config.online_steps)
+    row = data._replace(trusted=data.reward)
+    rows = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), x.dtype), row)
+    return Ring(rows, added=jnp.int32(0))
+
+
+def store(ring, transition):
+    """Writes a transition of every seed, [S, ...]; in place where the ring is donated."""
+    place = ring.added % ring.rows.reward.shape[1]
+    write = partial(jax.lax.dynamic_update_index_in_dim, index=place, axis=1)
+    return Ring(jax.tree.map(write, ring.rows, transition), ring.added + 1)
+
+
+def draw(key, data, stored, added, config):
+    """A batch [B] of offline and stored rows, each as likely as any other; `half`: half of each.
+
+    data: Transition [M, ...]. stored: one seed's part of the ring, [C, ...]; added: the ring's.
+    """
+    num_offline, num_stored = len(data.reward), jnp.minimum(added, len(stored.reward))
+    if config.buffer_init == "half":
+        half, keys = config.batch_size // 2, jax.random.split(key)
+        old = take(data, jax.random.randint(keys[0], (half,), 0, num_offline))
+        rows = jax.random.randint(keys[1], (config.batch_size - half,), 0, num_stored)
+        return jax.tree.map(lambda *halves: jnp.concatenate(halves), old, take(stored, rows))
+    rows = jax.random.randint(key, (config.batch_size,), 0, num_offline + num_stored)
+    new = take(stored, jnp.maximum(rows - num_offline, 0))
+    if num_offline == 0:
+        return new
+    old = take(data, jnp.minimum(rows, num_offline - 1))
+    choose = jax.vmap(lambda is_old, old, new: jnp.where(is_old, old, new))
+    return jax.tree.map(partial(choose, rows < num_offline), old, new)
+
+
+@partial(jax.jit, static_argnames="config")
+def explore(actor_params, observations, keys, step, config):
+    """Actions to learn from: parameters [S, ...], standardised [S, O], keys [S] -> [S, A].
+
+    step: of the environment, [] i32; every step has a noise of its own.
+    """
+
+    def one_seed(params, obs, key):
+        action = actor(params, obs)
+        noise = jax.random.normal(jax.random.fold_in(key, step), action.shape)
+        return jnp.clip(action + config.exploration_noise * noise, -1, 1)
+
+    return over_seeds(one_seed, actor_params, observations, keys)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "update_actor"),
+    donate_argnames=("state", "ring", "totals"),
+)
+def online_step(state, ring, totals, data, transition, config, update_actor):
+    """Stores a transition of every seed, then makes one update of each.
+
+    state, ring: [S, ...], donated and changed in place. data: offline_rows. transition: [S, ...].
+    totals: {metric: (sum [S], count [])} of the updates before, donated; this one is added.
+    """
+    ring = store(ring, transition)
+
+    def one_seed(state, stored, trusted):
+        key, index_key, noise_key = jax.random.split(state.key, 3)
+        batch = draw(index_key, data._replace(trusted=trusted), stored, ring.added, config)
+        noise = sample_noise(noise_key, batch, config)
+        state = state._replace(key=key)
+        state, info = update_step(
+            state, batch, noise, config, update_actor=update_actor, online=True
+        )
+        return state, info
+
+    state, info = over_seeds(one_seed, state, ring.rows, data.trusted)
+    for name, value in info.items():
+        total, count = totals.get(name, (0.0, 0.0))
+        totals = totals | {name: (total + value, count + 1)}
+    return state, ring, totals
+
+
+def compile_online(state, ring, data, keys, config):
+    """The programs of an environment step, and the zeros that its metrics are added to.
+
+    Returns explore; store for every seed; online_step for updates of the critics alone and for
+    those of everything; totals.
+    """
+    transition = jax.tree.map(lambda x: x[:, 0], ring.rows)
+    choose = explore.lower(state.actor, transition.obs, keys, np.int32(0), config=config).compile()
+    collect = jax.jit(store, donate_argnums=0).lower(ring, transition).compile()
+    update = partial(online_step, config=config, update_actor=True)
+    totals = jax.eval_shape(update, state, ring, {}, data, transition)[2]
+    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), totals)
+    args = (state, ring, totals, data, transition)
+    learn = [
+        online_step.lower(*args, config=config, update_actor=due).compile() for due in (False, True)
+    ]
+    return choose, collect, learn, totals
+
+
+def finetune(state, data, ends, envs, evaluate, log, config):
+    """Online: a step of every seed's environment, then one update of every seed, and so on.
+
+    state: TrainState [S, ...], given up. ends: the last rows of offline episodes, bool [N].
+    Returns the state after `online_steps` steps, the first `warmup_steps` of them without update.
+    """
+    data = offline_rows(data, ends, config)
+    ring = init_ring(data, config)
+    # Updates split the same keys: a tag that no split reaches keeps the two apart.
+    keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
+    with log.compiling():
+        choose, collect, learn, totals = compile_online(state, ring, data, keys, config)
+    num_updates = int(state.step[0])
+    log.interval("online", 0, evaluate(state.actor), dict.fromkeys([*totals, "n"]))
+    obs, started = envs.reset(), time.perf_counter()
+    with progress(config.online_steps, "online", "step") as bar:
+        for step in range(1, config.online_steps + 1):
+            # --- act ---
+            action = np.asarray(choose(state.actor, obs, keys, np.int32(step)))
+            outcome = envs.step(action)
+            transition = Transition(
+                obs=obs,
+                action=action,
+                reward=modify_reward(outcome.reward, config),
+                next_obs=outcome.next_obs,
+                terminated=outcome.terminated,
+                trusted=np.ones_like(outcome.reward),
+            )
+            obs = outcome.obs
+
+            # --- learn ---
+            if step <= config.warmup_steps:
+                ring = collect(ring, transition)
+            else:
+                num_updates += 1
+                due = num_updates % config.new_policy_freq == 0
+                state, ring, totals = learn[due](state, ring, totals, data, transition)
+            bar.update(1)
+
+            # --- evaluate ---
+            if step % config.eval_interval == 0:
+                sums = jax.device_get(totals)  # waits for the last update
+                log.interacted(config.eval_interval, time.perf_counter() - started, envs)
+                info = {name: x / count if count else None for name, (x, count) in sums.items()}
+                info["n"] = state.threshold.n
+                log.interval("online", step, evaluate(state.actor), info)
+                bar.set_postfix(log.headline())
+                totals = jax.tree.map(jnp.zeros_like, totals)
+                started = time.perf_counter()
+    return state
+
+
 # ------------------------------------------------------------------------------------------ main
+
+
+def modify_reward(reward, config):
+    """The reward that is learned from, offline and online: scaled, then shifted."""
+    return config.reward_scale * reward + np.float32(config.reward_bias)
 
 
 def load_data(dataset, config):
@@ -562,7 +766,7 @@ def load_data(dataset, config):
     data = Transition(
         obs=normalizer(dataset.observations),
         action=dataset.actions,
-        reward=config.reward_scale * dataset.rewards + np.float32(config.reward_bias),
+        reward=modify_reward(dataset.rewards, config),
         next_obs=normalizer(dataset.next_observations),
         terminated=dataset.terminals.astype(np.float32),
         trusted=None,
@@ -578,36 +782,39 @@ def main(config, workdir=None):
     """
     started = time.perf_counter()
     config = ml_collections.FrozenConfigDict(config)
-    workdir = workdir or f"runs/ssar_td3bc/{config.task}/{config.seed}"
+    phase = "-online" if config.offline_checkpoint else ""
+    workdir = workdir or f"runs/ssar_td3bc/{config.task}/{config.seed}{phase}"
     check_config(config)
-    check_workdir(workdir)
+    check_workdir(workdir, config.offline_checkpoint)
     dataset = load_dataset(config.dataset, config.dataset_path, config.env)
-    evaluate = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
+    evaluator = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
 
     # --- the data, and the part of it that β_φ may trust ---
     data, normalizer = load_data(dataset, config)
     keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.num_seeds)])
-    data_fingerprint = fingerprint(data)
-    trusted = select_trusted(data, dataset.episode_ends, keys, data_fingerprint, config)
-    log = RunLog("ssar_td3bc", workdir, config, dataset, trusted, data_fingerprint)
-    data = data._replace(trusted=jnp.asarray(trusted, jnp.float32))
-
-    # --- offline: compiled intervals, an evaluation after each ---
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
     init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, action_dim, config)))
-    state = init(keys)
-    with log.compiling():
-        train = train_interval.lower(state, data, config=config).compile()
-    with progress(config.offline_steps, "offline") as bar:
-        for step in range(config.eval_interval, config.offline_steps + 1, config.eval_interval):
-            with log.training(config.eval_interval):
-                state, info = jax.block_until_ready(train(state, data))
-            episodes = evaluate(act, state.actor, normalizer)
-            log.interval("offline", step, episodes, info)
-            bar.set_postfix(log.headline())
-            bar.update(config.eval_interval)
+    data_fingerprint = fingerprint(data)
+    if config.offline_checkpoint:
+        saved = load_offline(config, data_fingerprint, jax.eval_shape(init, keys))
+        state, normalizer, trusted = saved
+    else:
+        trusted = select_trusted(data, dataset.episode_ends, keys, data_fingerprint, config)
+        state = init(keys)
+    log = RunLog("ssar_td3bc", workdir, config, dataset, trusted, data_fingerprint)
+    data = data._replace(trusted=jnp.asarray(trusted, jnp.float32))
+    evaluate = partial(evaluator, act, normalizer=normalizer)
+    save = partial(save_checkpoint, log.workdir, normalizer, trusted, data_fingerprint)
 
-    save_checkpoint(log.workdir, {"state": state, "normalizer": normalizer._asdict()})
+    # --- offline, then online ---
+    if config.offline_steps and not config.offline_checkpoint:
+        state = pretrain(state, data, evaluate, log, config)
+        if config.online_steps:
+            save("offline_checkpoint", state)
+    if config.online_steps:
+        envs = Collector(dataset, config.num_seeds, config.seed, normalizer)
+        state = finetune(state, data, dataset.episode_ends, envs, evaluate, log, config)
+    save("checkpoint", state)
     return log.finish(state.threshold.stopped_at, time.perf_counter() - started)
 
 

@@ -11,9 +11,11 @@ CHOICES = {
     "coefficient": ("adaptive", "fixed"),
     "selection": ("none", "return", "success", "iql"),
     "anneal": ("linear", "cosine", "none"),
+    "buffer_init": ("all", "half", "part", "none"),
 }
-AT_LEAST_ONE = """num_seeds offline_steps eval_interval eval_episodes batch_size policy_freq
-    update_period iql_steps num_sampled_actions block_size""".split()
+AT_LEAST_ONE = """num_seeds eval_interval eval_episodes batch_size policy_freq new_policy_freq
+    update_period iql_steps num_sampled_actions block_size buffer_capacity""".split()
+NOT_NEGATIVE = ("offline_steps", "online_steps", "warmup_steps")
 RANGES = {
     "discount": (0, 1),
     "target_update_rate": (0, 1),
@@ -25,6 +27,7 @@ RANGES = {
     "policy_noise": (0, float("inf")),
     "noise_clip": (0, float("inf")),
     "expl_noise": (0, float("inf")),
+    "exploration_noise": (0, float("inf")),
     "cql_temperature": (1e-6, float("inf")),
     "target_action_gap": (-float("inf"), float("inf")),
     "bc_weight": (0, float("inf")),
@@ -33,7 +36,15 @@ RANGES = {
     "reward_bias": (-float("inf"), float("inf")),
 }
 WIDTHS = ("hidden_dims", "coefficient_hidden_dims")
-MULTIPLES = (("eval_interval", "policy_freq"), ("offline_steps", "eval_interval"))
+MULTIPLES = (
+    ("eval_interval", "policy_freq"),
+    ("offline_steps", "eval_interval"),
+    ("online_steps", "eval_interval"),
+)
+# What a run that goes on from an offline one may set for itself; where the data lie is its own too.
+ONLINE_FIELDS = """online_steps warmup_steps buffer_init buffer_capacity anneal decay_steps
+    new_policy_freq exploration_noise eval_interval eval_episodes offline_checkpoint dataset
+    dataset_path cache_dir""".split()
 
 
 def check_config(config) -> None:
@@ -47,8 +58,11 @@ def check_config(config) -> None:
         if config[field] not in known:
             refuse(field, f"is unknown: choose one of {', '.join(known)}")
     for field in AT_LEAST_ONE:
-        if field in config and config[field] < 1:
+        if field in config and config[field] is not None and config[field] < 1:
             refuse(field, "must be at least 1")
+    for field in NOT_NEGATIVE:
+        if config[field] < 0:
+            refuse(field, "must not be negative")
     for field, (low, high) in RANGES.items():
         if field in config and not (low <= config[field] <= high and abs(config[field]) < 1e30):
             refuse(field, f"must lie between {low} and {high}")
@@ -82,10 +96,32 @@ def check_config(config) -> None:
     threshold = config.return_threshold
     if by_return and (threshold is None or not abs(threshold) < float("inf")):
         refuse("return_threshold", "is no return to exceed: give G_T, or another selection")
+    _check_online(config, refuse)
 
 
-def check_workdir(workdir: str) -> None:
-    """Raises InputError when no run folder can be made at that path."""
+def _check_online(config, refuse):
+    offline = config.offline_steps > 0 and not config.offline_checkpoint
+    if not config.online_steps:
+        if config.offline_checkpoint:
+            refuse("online_steps", "leaves nothing to do: give the number of environment steps")
+        if not offline:
+            refuse("offline_steps", "leaves nothing to do: give it or --config.online_steps")
+    elif config.warmup_steps >= config.online_steps:
+        refuse("warmup_steps", f"leaves no update in --config.online_steps={config.online_steps}")
+    needs_data = offline or config.buffer_init != "none"
+    if needs_data and not (config.dataset or config.dataset_path):
+        raise InputError(
+            "no data set: give --config.dataset=<local Minari id> or =d4rl:<file>; "
+            "only offline_steps=0 with buffer_init=none does without"
+        )
+
+
+def check_workdir(workdir: str, offline_checkpoint: str | None = None) -> None:
+    """Raises InputError when no run folder can be made there, or it is the run to go on from."""
+    if offline_checkpoint and os.path.realpath(workdir) == os.path.realpath(offline_checkpoint):
+        raise InputError(
+            f"--workdir={workdir} is the run of --config.offline_checkpoint: choose another folder"
+        )
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise InputError(f"--workdir={workdir} is a file: choose another folder")
     if os.path.isdir(workdir) and os.listdir(workdir):

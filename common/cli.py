@@ -8,6 +8,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from common.checkpoint import load_settings
 from common.checks import InputError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -47,6 +48,9 @@ def run(main, name: str) -> None:
             logging.set_verbosity(logging.WARNING)
             # TF32 and bfloat16 products, an accelerator's default, are too coarse for β_φ's steps.
             jax.config.update("jax_default_matmul_precision", "float32")
+            given = config_flags.get_override_values(flags.FLAGS["config"])
+            if config.value.offline_checkpoint and not flags.FLAGS["config"].present:
+                restore_settings(config.value, given)
             main(config.value, workdir.value)
 
         app.run(start, flags_parser=parse)
@@ -56,6 +60,15 @@ def run(main, name: str) -> None:
         if started:  # not about the command line: a fault of ours, to be shown whole
             raise
         sys.exit(f"{name}: {_one_line(error, name)}")
+
+
+def restore_settings(config, given) -> None:
+    """Gives `config` the settings of the run in `offline_checkpoint`, but for the fields given."""
+    settings = load_settings(config.offline_checkpoint)
+    for field in set(config) & set(settings) - set(given) - {"offline_checkpoint"}:
+        value = settings[field]
+        with config.ignore_type():
+            config[field] = tuple(value) if isinstance(value, list) else value
 
 
 def _settings(name):

@@ -73,9 +73,9 @@ class Normalizer(NamedTuple):
 
 
 def fit_normalizer(observations: np.ndarray, enabled: bool = True) -> Normalizer:
-    """(mean, std + 1e-3) over the rows of [N, O], or the identity."""
+    """(mean, std + 1e-3) over the rows of [N, O]; the identity if not enabled or without rows."""
     width = observations.shape[1]
-    if not enabled:
+    if not enabled or not len(observations):
         return Normalizer(np.zeros(width, np.float32), np.ones(width, np.float32))
     mean = observations.mean(axis=0, dtype=np.float64)
     std = observations.std(axis=0, dtype=np.float64) + 1e-3
@@ -131,6 +131,8 @@ def episode_lengths(ends: np.ndarray) -> np.ndarray:
 
 def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Undiscounted return of every episode, float64 [episodes]."""
+    if not len(rewards):
+        return np.zeros(0)
     return np.add.reduceat(rewards.astype(np.float64), np.r_[0, np.flatnonzero(ends)[:-1] + 1])
 
 
@@ -149,13 +151,19 @@ def load_dataset(name: str | None, path: str | None = None, env: str | None = No
     """Loads `demo`, a D4RL task name, `d4rl:<HDF5 file>` or a local Minari id.
 
     `path` reads that HDF5 file whatever the name; `env` replaces the Gymnasium id that the name or
-    the data's metadata gives. Raises InputError when the data cannot be used.
+    the data's metadata gives. With `env` alone there are no transitions, for training online.
+    Raises InputError when the data cannot be used.
     """
     name = name or path
-    if not name:
-        raise InputError("no data set: give --config.dataset=<local Minari id> or =d4rl:<file>")
+    if not (name or env):
+        raise InputError(
+            "no data set and no environment: give --config.dataset=<local Minari id> or "
+            "=d4rl:<file>, or --config.env=<id>"
+        )
     if env:
         _env_spec(env, name)
+    if not name:
+        return _no_data(env)
     if path or name.startswith("d4rl:"):
         return _load_hdf5(path or name.removeprefix("d4rl:"), name, env)
     if re.fullmatch(r"(halfcheetah|hopper|walker2d|antmaze)-[a-z-]+-v\d", name):
@@ -242,6 +250,36 @@ def _load_minari(dataset_id: str, env: str | None) -> Dataset:
         parts["timeouts"].append(np.r_[episode.truncations[:-1], not episode.terminations[-1]])
     columns = {key: np.concatenate(part) for key, part in parts.items()}
     return _from_columns(dataset_id, spec, reference, **columns)
+
+
+def _no_data(env: str) -> Dataset:
+    spec = _env_spec(env, env)
+    made = make_env(spec)
+    widths = [gymnasium.spaces.flatdim(s) for s in (made.observation_space, made.action_space)]
+    observations, actions = (np.zeros((0, width), np.float32) for width in widths)
+    made.close()
+    return Dataset(
+        observations=observations,
+        actions=actions,
+        rewards=np.zeros(0, np.float32),
+        next_observations=observations,
+        terminals=np.zeros(0, bool),
+        episode_ends=np.zeros(0, bool),
+        env=spec,
+        reference=D4RL_REFERENCES.get(spec.name.lower()),
+        source=spec.id,
+    )
+
+
+def make_env(spec: EnvSpec, make=gymnasium.make, **kwargs):
+    """The environment, or with make=gymnasium.make_vec several; raises InputError if it fails."""
+    try:
+        return make(spec, **kwargs)
+    except (gymnasium.error.Error, ImportError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"cannot make environment {spec.id} ({reason}): install what it needs"
+        ) from None
 
 
 def _from_columns(source, spec, reference, **columns) -> Dataset:

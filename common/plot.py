@@ -17,16 +17,20 @@ STYLE = {
 BLUE, ORANGE, GREY = "#1f5fa8", "#c4561a", "#6b6b6b"
 
 
-def plot_run(path: str, history: list[dict], results: dict, config) -> None:
+def plot_run(path: str, history, finished, score_of, results: dict, config) -> None:
     """Score beside the behaviour's, β's band, n and where it stopped, and the margin.
 
-    Thin lines are seeds, thick ones their mean.
+    Thin lines are seeds, thick ones their mean, dots episodes of online training. Online steps
+    follow the offline updates on the same axis, on a shaded ground.
+    history: one dict an evaluation. finished: each seed's Finished. score_of: of a return.
     """
-    steps = np.array([past["step"] for past in history]) / 1000
+    updates = max([past["step"] for past in history if past["phase"] == "offline"], default=0)
+    online = np.array([past["phase"] == "online" for past in history])
+    steps = np.array([past["step"] for past in history]) / 1000 + online * updates / 1000
     series = {
         key: np.stack([past[key] for past in history])
         for key in history[0]
-        if np.ndim(history[0][key]) == 1
+        if isinstance(history[0][key], np.ndarray)
     }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 5.6), layout="constrained")
@@ -36,19 +40,34 @@ def plot_run(path: str, history: list[dict], results: dict, config) -> None:
             f"{results['algorithm']} · {results['task']} · {config.coefficient} β", fontsize=11
         )
 
-        def curves(axis, key, colour, label):
-            if series[key].shape[1] > 1:
-                axis.plot(steps, series[key], color=colour, lw=0.7, alpha=0.4)
-            axis.plot(steps, series[key].mean(axis=1), color=colour, lw=1.8, label=label)
+        def curves(axis, key, colour, label, values=None):
+            values = series[key] if values is None else values
+            known = np.isfinite(values).any(axis=1)  # an interval may have had no update
+            if values.shape[1] > 1:
+                axis.plot(steps[known], values[known], color=colour, lw=0.7, alpha=0.4)
+            mean = values[known].mean(axis=1)
+            marker = "o" if known.sum() == 1 else None
+            axis.plot(steps[known], mean, color=colour, lw=1.8, label=label, marker=marker)
 
+        episodes = [
+            ((updates + episode.step) / 1000, score_of(episode.episode_return))
+            for past in finished
+            for episode in past
+        ]
+        if episodes:
+            score.plot(*zip(*episodes, strict=True), ".", color=GREY, ms=2, alpha=0.4, zorder=1,
+                       label="training episodes")  # fmt: skip
         curves(score, "score", BLUE, f"policy, {history[0]['episodes'][0]} episodes")
-        score.axhline(results["behaviour"][0], color=GREY, ls="--", lw=1, label="behaviour")
+        if results["behaviour"][0] is not None:
+            score.axhline(results["behaviour"][0], color=GREY, ls="--", lw=1, label="behaviour")
         score.set_title("normalised score" if results["normalized"] else "return")
         score.legend(loc="best")
 
-        low, high = series["beta_min"].min(axis=1), series["beta_max"].max(axis=1)
+        fade = series["anneal"]  # 1 offline
+        low = (series["beta_min"] * fade).min(axis=1)
+        high = (series["beta_max"] * fade).max(axis=1)
         beta.fill_between(steps, low, high, color=ORANGE, alpha=0.2, lw=0, label="min to max")
-        curves(beta, "beta_mean", ORANGE, "mean")
+        curves(beta, "beta_mean", ORANGE, "mean", series["beta_mean"] * fade)
         beta.axhline(config.coefficient_init, color=GREY, ls="--", lw=1, label="initial")
         beta.set_title("coefficient β where the regulariser acts")
         beta.set_ylim(bottom=0)
@@ -70,7 +89,14 @@ def plot_run(path: str, history: list[dict], results: dict, config) -> None:
         margin.set_title("margin  log π(a|s) − C$_n$(s)")
         margin.legend(loc="best")
 
+        unit = "updates"
+        if online.any():
+            unit = "updates, then environment steps" if updates else "environment steps"
+            for axis in axes.flat:
+                axis.axvspan(updates / 1000, steps[-1], color=BLUE, alpha=0.06, lw=0, zorder=0)
+            score.text(updates / 1000, 1, " online", transform=score.get_xaxis_transform(),
+                       fontsize=8, color=BLUE, va="top")  # fmt: skip
         for axis in axes[1]:
-            axis.set_xlabel("updates (thousands)")
+            axis.set_xlabel(f"{unit} (thousands)")
             axis.set_xlim(0, steps[-1])
         figure.savefig(path, dpi=160)

@@ -1,4 +1,4 @@
-"""The run folder: config.json, scores.csv, results.json, tensorboard events, and the picture."""
+"""The run folder: config.json, scores.csv, episodes.csv, results.json, tensorboard, the picture."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from common.plot import plot_run
 TENSORBOARD_TAGS = {
     "margin": "beta_weight",
     "constrained_fraction": "constrained_nums",
-    "q1": "offline_q1",
     "n": "n_away",
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnasium", "mujoco", "minari", "numpy")
 
 
-def progress(total: int, label: str) -> tqdm:
-    """A progress bar that counts gradient updates."""
+def progress(total: int, label: str, unit: str = "update") -> tqdm:
+    """A progress bar that counts gradient updates, or environment steps."""
     return tqdm(
-        total=total, desc=label, unit="update", unit_scale=True, dynamic_ncols=True, mininterval=0.5
+        total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5
     )
 
 
@@ -42,11 +41,13 @@ class RunLog:
         self.workdir = workdir
         self.algorithm, self.config, self.dataset = algorithm, config, dataset
         self.seeds = [config.seed + i for i in range(config.num_seeds)]
-        self.trusted_fraction = trusted.mean(axis=1)
+        self.trusted_fraction = trusted.mean(axis=1) if trusted.size else np.ones(len(trusted))
         self.data_fingerprint = data_fingerprint
         self.compile_seconds = 0.0
-        self.metrics = []
-        self.history = []  # one dict an interval: step, updates_per_second; score and metrics [S]
+        self.history = []  # one dict an evaluation: phase, step; score and metrics [S]
+        self.finished = [[] for _ in self.seeds]  # every seed's episodes of online training
+        self.speeds = {"offline": [], "online": []}  # updates/s; every environment's steps/s
+        self.env_shares = []  # of the time online, inside the environments
         set_aside(self.workdir)
         os.makedirs(self.workdir, exist_ok=True)
         self._write_json("config.json", config.to_dict())
@@ -61,18 +62,45 @@ class RunLog:
         """Times what happens inside as compilation."""
         started = time.perf_counter()
         yield
-        self.compile_seconds = time.perf_counter() - started
+        self.compile_seconds += time.perf_counter() - started
 
     @contextlib.contextmanager
     def training(self, updates):
-        """Times what happens inside as `updates` updates of every seed."""
+        """Times what happens inside as `updates` offline updates of every seed."""
         started = time.perf_counter()
         yield
-        self.updates_per_second = updates / (time.perf_counter() - started)
+        self.speeds["offline"].append(updates / (time.perf_counter() - started))
+
+    def interacted(self, steps, seconds, envs):
+        """Adds what the last `steps` steps of a Collector took, in seconds, and what they ended."""
+        self.speeds["online"].append(steps / seconds)
+        self.env_shares.append(envs.seconds / seconds)
+        finished, envs.finished, envs.seconds = envs.finished, [], 0.0
+        rows = []
+        for episode in finished:
+            past = self.finished[episode.slot]
+            past.append(episode)
+            score = self.dataset.score(episode.episode_return)
+            values = {
+                "episode_return": episode.episode_return,
+                "online_normalized_episode_score": score if self.dataset.reference else np.nan,
+                "episode_length": episode.length,
+                "is_success": episode.success,
+                "train_regret": np.mean([1 - other.success for other in past]),
+            }
+            self._add_scalars(episode.slot, values, episode.step)
+            seed, won = self.seeds[episode.slot], blank(episode.success)
+            rows.append([episode.step, seed, score, episode.episode_return, episode.length, won])
+        self._add_rows(
+            "episodes.csv", ["step", "seed", "score", "return", "length", "success"], rows
+        )
 
     def interval(self, phase, step, episodes, info):
-        """Adds an evaluation after update `step` and the mean metrics of the interval before it."""
-        self.metrics = sorted(info)
+        """Adds an evaluation, and the mean metrics of the interval before it.
+
+        step: updates offline, environment steps online. info: every metric, [S]; None where no
+        update in the interval gave it.
+        """
         scores = self.dataset.score(episodes.returns)
         row = {
             "score": scores.mean(axis=1),
@@ -80,64 +108,74 @@ class RunLog:
             "return_std": episodes.returns.std(axis=1),
             "episodes": np.full(len(self.seeds), episodes.returns.shape[1]),
             "success_rate": episodes.success.mean(axis=1),
-            **{key: np.asarray(info[key]) for key in self.metrics},
         }
+        metrics = {key: info[key] for key in sorted(info)}
+        measured = {key: np.asarray(x) for key, x in metrics.items() if x is not None}
+        missing = np.full(len(self.seeds), np.nan)
         self.history.append(
-            {"phase": phase, "step": step, "updates_per_second": self.updates_per_second, **row}
+            {"phase": phase, "step": step, "measured": sorted(measured), **row}
+            | {key: measured.get(key, missing) for key in metrics}
         )
-        with open(os.path.join(self.workdir, "scores.csv"), "a", newline="") as file:
-            table = csv.writer(file)
-            if len(self.history) == 1:
-                table.writerow(["phase", "step", "seed", *row])
-            for i, seed in enumerate(self.seeds):
-                values = [
-                    repr(x[i].item()) if np.isfinite(x[i]) or k in info else ""
-                    for k, x in row.items()
-                ]
-                table.writerow([phase, step, seed, *values])
+        rows = [
+            [phase, step, seed]
+            + [blank(x[i].item()) for x in row.values()]
+            + [repr(measured[key][i].item()) if key in measured else "" for key in metrics]
+            for i, seed in enumerate(self.seeds)
+        ]
+        self._add_rows("scores.csv", ["phase", "step", "seed", *row, *metrics], rows)
         for i, writer in enumerate(self.writers):
             name = "normalized_eval_score" if self.dataset.reference else "eval_return"
-            writer.add_scalar(f"{phase}_{name}", scores[i].mean(), step)
-            if np.isfinite(row["success_rate"][i]):
-                writer.add_scalar("success_rate", row["success_rate"][i], step)
-                regret = np.mean([1 - past["success_rate"][i] for past in self.history])
-                writer.add_scalar("eval_regret", regret, step)
-            for key in info:
-                value = row[key][i] * (
-                    self.config.batch_size if key == "constrained_fraction" else 1
-                )
-                writer.add_scalar(TENSORBOARD_TAGS.get(key, key), value, step)
+            values = {f"{phase}_{name}": row["score"][i]}
+            regrets = self._eval_regrets() if phase == "online" else missing
+            rate = "success_rate" if phase == "online" else "offline_success_rate"
+            values |= {rate: row["success_rate"][i], "eval_regret": regrets[i]}
+            for key, x in measured.items():
+                scale = self.config.batch_size if key == "constrained_fraction" else 1
+                prefix = "online_" if phase == "online" else "offline_" if key == "q1" else ""
+                values[prefix + TENSORBOARD_TAGS.get(key, key)] = x[i] * scale
+            self._add_scalars(i, values, step)
             writer.flush()
 
     def headline(self) -> dict:
         """What the progress bar shows: seed means of the last interval."""
         last = self.history[-1]
-        return {
-            "score": f"{last['score'].mean():.1f}",
-            "beta": f"{last['beta_mean'].mean():.3f}",
-            "n": f"{last['n'].mean():.2f}",
-        }
+        shown = {"score": f"{last['score'].mean():.1f}"}
+        if "beta_mean" in last["measured"]:
+            shown["beta"] = f"{(last['beta_mean'] * last['anneal']).mean():.3f}"
+        return shown | {"n": f"{last['n'].mean():.2f}"}
 
     def finish(self, n_stopped_at, wall_seconds) -> dict:
         """Writes results.json and the picture, prints the table; returns results.json's content."""
-        scores = np.stack([past["score"] for past in self.history])  # [intervals, S]
-        behaviour = self.dataset.score(self.dataset.returns).mean()
+        offline = [past for past in self.history if past["phase"] == "offline"]
+        online = [past for past in self.history if past["phase"] == "online"]
+        scores = np.stack([past["score"] for past in online[1:] or offline])  # [intervals, S]
+        behaviour = self.dataset.score(self.dataset.returns)
         last = self.history[-1]
-        speeds = [past["updates_per_second"] for past in self.history]
+        beta = [past["beta_mean"] for past in self.history if "beta_mean" in past["measured"]]
+        speeds = {phase: float(np.median(x)) if x else None for phase, x in self.speeds.items()}
         results = {
             "algorithm": self.algorithm,
             "task": self.config.task,
             "seeds": self.seeds,
             "normalized": self.dataset.reference is not None,
-            "behaviour": [float(behaviour)] * len(self.seeds),
+            "behaviour": [behaviour.mean() if len(behaviour) else np.nan] * len(self.seeds),
+            "before_online": online[0]["score"].tolist() if online else None,
             "last": scores[-1].tolist(),
             "mean_last_10": scores[-10:].mean(axis=0).tolist(),
             "best": scores.max(axis=0).tolist(),
+            "success_rate": last["success_rate"].tolist(),
+            "eval_regret": self._eval_regrets().tolist(),
+            "train_regret": [
+                float(np.mean([1 - episode.success for episode in past])) if past else np.nan
+                for past in self.finished
+            ],
             "n": last["n"].tolist(),
             "n_stopped_at": [int(step) if step >= 0 else None for step in np.asarray(n_stopped_at)],
-            "beta_mean": last["beta_mean"].tolist(),
+            "beta_mean": beta[-1].tolist() if beta else [np.nan] * len(self.seeds),
             "trusted_fraction": self.trusted_fraction.tolist(),
-            "updates_per_second": float(np.median(speeds)),
+            "updates_per_second": speeds["offline"] or speeds["online"],
+            "env_steps_per_second": speeds["online"] and speeds["online"] * len(self.seeds),
+            "env_share": float(np.median(self.env_shares)) if self.env_shares else None,
             "compile_seconds": self.compile_seconds,
             "wall_seconds": wall_seconds,
             "warnings": self.warnings(),
@@ -153,11 +191,11 @@ class RunLog:
                 "fingerprint": self.data_fingerprint,
             },
         }
+        results = finite(results)
         for writer in self.writers:
             writer.close()
-        plot_run(
-            os.path.join(self.workdir, "learning_curve.png"), self.history, results, self.config
-        )
+        picture = os.path.join(self.workdir, "learning_curve.png")
+        plot_run(picture, self.history, self.finished, self.dataset.score, results, self.config)
         self._write_json("results.json", results)
         self._print_table(results)
         return results
@@ -171,33 +209,56 @@ class RunLog:
                 "so the coefficient sees few states; lower return_threshold or select by iql"
             )
         selected = self.config.selection != "none" and self.config.coefficient == "adaptive"
-        if selected and self.trusted_fraction.min() == 1:
+        if selected and len(self.dataset.rewards) and self.trusted_fraction.min() == 1:
             found.append(
                 f"selection={self.config.selection} trusts every transition: it selects nothing"
             )
-        last = self.history[-1] if self.history else {}
-        broken = [key for key in self.metrics if not np.isfinite(last[key]).all()]
+        last = self.history[-1] if self.history else {"measured": []}
+        broken = [key for key in last["measured"] if not np.isfinite(last[key]).all()]
         if broken:
             found.append(f"diverged: {', '.join(broken)} not finite in the last interval")
         return found
 
+    def _eval_regrets(self):
+        """Mean failure rate of the evaluations online, [S]; NaN where none tells."""
+        rates = [past["success_rate"] for past in self.history if past["phase"] == "online"]
+        return 1 - np.mean(rates, axis=0) if rates else np.full(len(self.seeds), np.nan)
+
+    def _add_rows(self, name, header, rows):
+        with open(os.path.join(self.workdir, name), "a", newline="") as file:
+            table = csv.writer(file)
+            if file.tell() == 0:
+                table.writerow(header)
+            table.writerows(rows)
+
+    def _add_scalars(self, i, values, step):
+        """To tensorboard, for the i-th seed, what is a number."""
+        for tag, value in values.items():
+            if np.isfinite(value):
+                self.writers[i].add_scalar(tag, value, step)
+
     def _print_table(self, results):
         unit = "normalised score" if results["normalized"] else "return"
-        columns = ("behaviour", "last", "mean_last_10", "best", "n", "beta_mean")
+        columns = ["behaviour", "last", "mean_last_10", "best", "n", "beta_mean"]
+        if results["before_online"]:
+            columns.insert(1, "before_online")
         lines = [f"{unit:>16}  " + "".join(f"{name:>14}" for name in columns)]
         rows = [
             (f"seed {seed}", [results[c][i] for c in columns]) for i, seed in enumerate(self.seeds)
         ]
         if len(rows) > 1:
-            rows.append(("mean", [float(np.mean(results[c])) for c in columns]))
+            rows.append(("mean", np.mean(np.array([row for _, row in rows], float), axis=0)))
         lines += [
-            f"{name:>16}  " + "".join(f"{value:14.3f}" for value in values) for name, values in rows
+            f"{name:>16}  " + "".join(f"{value:14.3f}" for value in np.array(values, float))
+            for name, values in rows
         ]
         print("\n".join(lines))
-        print(
-            f"{results['updates_per_second']:.0f} updates/s, {results['wall_seconds']:.0f} s in all"
-            f" -> {self.workdir}"
-        )
+        speeds = []
+        if self.speeds["offline"]:
+            speeds.append(f"{results['updates_per_second']:.0f} updates/s")
+        if results["env_steps_per_second"]:
+            speeds.append(f"{results['env_steps_per_second']:.0f} environment steps/s online")
+        print(f"{', '.join(speeds)}, {results['wall_seconds']:.0f} s in all -> {self.workdir}")
         self._print_warnings()
 
     def _print_warnings(self):
@@ -208,6 +269,11 @@ class RunLog:
         with open(os.path.join(self.workdir, name), "w") as file:
             json.dump(finite(content), file, indent=2, allow_nan=False)
             file.write("\n")
+
+
+def blank(value):
+    """The number, or nothing in place of NaN."""
+    return "" if np.isnan(value) else repr(value)
 
 
 def finite(content):

@@ -46,7 +46,8 @@ def defaults():
     c.reward_scale = 1.0
     c.reward_bias = 0.0
     c.offline_steps = 1_000_000
-    c.eval_interval = 5_000
+    c.online_steps = 0  # environment steps after them; the paper's are 250_000
+    c.eval_interval = 5_000  # updates offline, environment steps online
     c.eval_episodes = 10
     c.cache_dir = "~/.cache/ssar-jax"  # IQL labels
 
@@ -88,9 +89,13 @@ def defaults():
     c.select_actions = True
     c.loosen_bound = True
 
-    # online, in update_step alone so far: how the frozen β_φ fades
-    c.anneal = "cosine"  # linear | cosine | none
-    c.decay_steps = 400_000
+    # online
+    c.offline_checkpoint = config_dict.placeholder(str)  # the folder of a run to go on from
+    c.buffer_init = "part"  # offline rows in use: all | half a batch | part (50 best) | none
+    c.buffer_capacity = config_dict.placeholder(int)  # rows kept; by default online_steps
+    c.warmup_steps = 5_000  # without updates
+    c.anneal = "cosine"  # how the frozen β_φ fades: linear | cosine | none
+    c.decay_steps = 400_000  # in as many updates
     return c
 
 
@@ -110,7 +115,7 @@ def get_config(task="demo"):
             c.expectile = value
     elif task in ANTMAZE:
         c.n_start, c.n_end = ANTMAZE[task]
-        c.selection, c.loosen_bound = "success", False
+        c.selection, c.loosen_bound, c.buffer_init = "success", False, "all"
         c.normalize_observations, c.reward_scale, c.reward_bias = False, 10.0, -5.0
         c.offline_steps, c.eval_interval, c.eval_episodes = 2_000_000, 50_000, 100
         c.actor_lr, c.coefficient_init, c.critic_layers = 1e-4, 5.0, (5, 3)
@@ -122,4 +127,5 @@ def get_config(task="demo"):
         c.num_sampled_actions, c.actor_lr = 4, 3e-4
         c.selection, c.return_threshold = "return", -12.0
         c.update_period, c.coefficient_lr = 500, 2e-6
+        c.warmup_steps, c.decay_steps = 500, 10_000
     return c

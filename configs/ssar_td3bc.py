@@ -27,6 +27,12 @@ ANTMAZE = {
     "antmaze-large-play-v2": (5.0, 5.0),
     "antmaze-large-diverse-v2": (5.0, 5.0),
 }
+NEW_POLICY_FREQ = {
+    "antmaze-medium-play-v2": 30,
+    "antmaze-medium-diverse-v2": 20,
+    "antmaze-large-play-v2": 100,
+    "antmaze-large-diverse-v2": 100,
+}
 TASKS = ("demo", "custom", *MUJOCO, *ANTMAZE)  # custom: your own data, the paper's sizes
 
 
@@ -46,7 +52,8 @@ def defaults():
     c.reward_scale = 1.0
     c.reward_bias = 0.0
     c.offline_steps = 1_000_000
-    c.eval_interval = 5_000
+    c.online_steps = 0  # environment steps after them; the paper's are 250_000
+    c.eval_interval = 5_000  # updates offline, environment steps online
     c.eval_episodes = 10
     c.cache_dir = "~/.cache/ssar-jax"  # IQL labels
 
@@ -79,9 +86,15 @@ def defaults():
     c.select_actions = True
     c.loosen_bound = True
 
-    # online, in update_step alone so far: how the frozen β_φ fades
-    c.anneal = "linear"  # linear | cosine | none
-    c.decay_steps = 400_000
+    # online
+    c.offline_checkpoint = config_dict.placeholder(str)  # the folder of a run to go on from
+    c.buffer_init = "part"  # offline rows in use: all | half a batch | part (50 best) | none
+    c.buffer_capacity = config_dict.placeholder(int)  # rows kept; by default online_steps
+    c.warmup_steps = 5_000  # without updates
+    c.new_policy_freq = 2  # policy_freq, online
+    c.exploration_noise = 0.0  # standard deviation of what is added to π(s) online
+    c.anneal = "linear"  # how the frozen β_φ fades: linear | cosine | none
+    c.decay_steps = 400_000  # in as many updates
     return c
 
 
@@ -101,13 +114,15 @@ def get_config(task="demo"):
             c.expectile = value
     elif task in ANTMAZE:
         c.n_start, c.n_end = ANTMAZE[task]
-        c.selection, c.loosen_bound = "success", False
+        c.selection, c.loosen_bound, c.buffer_init = "success", False, "all"
         c.reward_bias = -1.0
         c.offline_steps, c.eval_interval, c.eval_episodes = 2_000_000, 50_000, 100
         c.anneal = "linear" if task.startswith("antmaze-umaze") else "none"
+        c.new_policy_freq = NEW_POLICY_FREQ.get(task, 2)
     else:
         c.offline_steps, c.eval_interval, c.eval_episodes = 20_000, 1_000, 20
         c.hidden_dims, c.coefficient_hidden_dims = (128, 128), (128, 128, 128)
         c.selection, c.return_threshold = "return", -12.0
         c.update_period, c.coefficient_lr = 1_000, 6e-6
+        c.warmup_steps, c.decay_steps = 500, 20_000
     return c

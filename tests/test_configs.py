@@ -113,6 +113,7 @@ def test_every_task_is_in_the_table(script):
 def test_shared_settings_are_named_alike():
     td3bc, cql = ssar_td3bc.defaults(), ssar_cql.defaults()
     own = {"policy_noise", "noise_clip", "policy_freq", "expl_noise"}
+    own |= {"new_policy_freq", "exploration_noise"}
     assert set(td3bc) - set(cql) == own
     shared = [name for name in td3bc if name in cql]
     assert shared == [name for name in cql if name in td3bc]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from tensorboardX.proto.event_pb2 import Event
-from toys import OBS, same_bits, tiny_config, toy_columns, toy_states, write_hdf5
+from toys import same_bits, tiny_config, toy_columns, toy_states, write_hdf5
 
 import ssar_cql
 import ssar_td3bc as ssar
@@ -27,14 +27,16 @@ def data(tmp_path_factory):
 
 
 class Run:
-    """A finished run of two seeds: its script, folder and what main returned."""
+    """A finished run of two seeds, offline then online: script, folder and what main returned."""
 
     def __init__(self, script, data, workdir):
         self.script, self.workdir, self.data = script, workdir, data
         self.results = script.main(self.config(), workdir)
 
     def config(self, **overrides):
-        return tiny_config(self.data, self.script.__name__, num_seeds=2, **overrides)
+        settings = {"num_seeds": 2, "online_steps": 40, "buffer_init": "half"}
+        settings |= {"buffer_capacity": 12} | overrides  # the ring goes round
+        return tiny_config(self.data, self.script.__name__, **settings)
 
 
 @pytest.fixture(scope="module", params=[ssar, ssar_cql], ids=lambda script: script.__name__)
@@ -47,24 +49,26 @@ def rows_of(workdir):
         return list(csv.DictReader(file))
 
 
-def checkpoint_of(workdir, run):
+def checkpoint_of(workdir, run, name="checkpoint"):
     config = ssar.ml_collections.FrozenConfigDict(run.config())
-    like = jax.eval_shape(lambda: toy_states(config, range(config.num_seeds), run.script))
-    normalizer = {"mean": np.zeros(OBS, np.float32), "std": np.zeros(OBS, np.float32)}
-    return load_checkpoint(workdir, {"state": like, "normalizer": normalizer})
+    state = jax.eval_shape(lambda: toy_states(config, range(config.num_seeds), run.script))
+    like = load_checkpoint(workdir, name=name) | {"state": state}
+    return load_checkpoint(workdir, like, name)
 
 
 def test_run_folder_holds_what_was_promised(run):
     workdir, results = run.workdir, run.results
     assert {"config.json", "scores.csv", "results.json", "checkpoint", "tensorboard",
-            "learning_curve.png"} <= set(os.listdir(workdir))  # fmt: skip
+            "learning_curve.png", "episodes.csv", "offline_checkpoint",
+            } <= set(os.listdir(workdir))  # fmt: skip
     with open(os.path.join(workdir, "results.json")) as file:
         assert json.load(file) == results
-    for key in ("behaviour", "last", "mean_last_10", "best", "n", "n_stopped_at", "beta_mean"):
+    for key in ("behaviour", "before_online", "last", "mean_last_10", "best", "n", "n_stopped_at",
+                "beta_mean", "success_rate", "eval_regret", "train_regret"):  # fmt: skip
         assert len(results[key]) == 2, key
     assert results["normalized"] is False
-    for key in ("trusted_fraction", "updates_per_second", "compile_seconds", "wall_seconds",
-                "warnings", "device", "versions"):  # fmt: skip
+    for key in ("trusted_fraction", "updates_per_second", "env_steps_per_second", "env_share",
+                "compile_seconds", "wall_seconds", "warnings", "device", "versions"):  # fmt: skip
         assert key in results
     assert results["data"]["transitions"] >= 600
     with open(os.path.join(workdir, "config.json")) as file:
@@ -75,13 +79,35 @@ def test_run_folder_holds_what_was_promised(run):
     rows = rows_of(workdir)
     assert list(rows[0])[:8] == ["phase", "step", "seed", "score", "return_mean", "return_std",
                                  "episodes", "success_rate"]  # fmt: skip
-    assert [(row["step"], row["seed"]) for row in rows] == [
-        (str(step), str(seed)) for step in (20, 40, 60) for seed in (0, 1)
+    steps = [("offline", step) for step in (20, 40, 60)]
+    steps += [("online", step) for step in (0, 20, 40)]
+    assert [(row["phase"], int(row["step"]), row["seed"]) for row in rows] == [
+        (*step, seed) for step in steps for seed in "01"
     ]
-    scores = np.array([float(row["score"]) for row in rows]).reshape(3, 2)
-    np.testing.assert_allclose(results["last"], scores[-1])
-    np.testing.assert_allclose(results["best"], scores.max(axis=0))
-    np.testing.assert_allclose(results["mean_last_10"], scores.mean(axis=0))
+    scores = np.array([float(row["score"]) for row in rows]).reshape(6, 2)
+    np.testing.assert_array_equal(results["before_online"], scores[2])
+    np.testing.assert_array_equal(scores[3], scores[2])  # at the switch nothing has changed
+    np.testing.assert_array_equal(results["last"], scores[-1])
+    np.testing.assert_array_equal(results["best"], scores[4:].max(axis=0))
+    np.testing.assert_allclose(results["mean_last_10"], scores[4:].mean(axis=0))
+    success = np.array([float(row["success_rate"]) for row in rows]).reshape(6, 2)
+    np.testing.assert_allclose(results["eval_regret"], 1 - success[3:].mean(axis=0))
+    assert all(float(row["anneal"]) == 1 for row in rows[:6])
+    assert all(row["anneal"] == "" for row in rows[6:8])  # no update yet
+    assert 0 < float(rows[-1]["anneal"]) < float(rows[8]["anneal"]) < 1
+
+
+def test_episodes_of_online_training_are_listed(run):
+    with open(os.path.join(run.workdir, "episodes.csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["step", "seed", "score", "return", "length", "success"]
+    for seed in "01":
+        of_seed = [row for row in rows if row["seed"] == seed]
+        lengths = [int(row["length"]) for row in of_seed]
+        np.testing.assert_array_equal(np.cumsum(lengths), [int(row["step"]) for row in of_seed])
+        assert 40 - 7 <= sum(lengths) <= 40  # no episode is longer than 7
+        won = [float(row["success"]) for row in of_seed]
+        assert run.results["train_regret"][int(seed)] == pytest.approx(1 - np.mean(won))
 
 
 def test_tensorboard_uses_the_authors_tags(run):
@@ -96,9 +122,11 @@ def test_tensorboard_uses_the_authors_tags(run):
         tags |= {value.tag: value.simple_value for value in event.summary.value}
         position += 16 + length
     expected = "beta_min beta_mean beta_max beta_weight constrained_nums n_away offline_q1 "
-    expected += "success_rate eval_regret offline_eval_return"
+    expected += "offline_eval_return online_q1 success_rate eval_regret online_eval_return "
+    expected += "episode_return episode_length is_success train_regret"
     assert set(expected.split()) <= set(tags)
-    last = rows_of(run.workdir)[-1]
+    last = rows_of(run.workdir)[5]
+    assert tags["online_q1"] == pytest.approx(float(rows_of(run.workdir)[-1]["q1"]), rel=1e-5)
     assert tags["beta_weight"] == pytest.approx(float(last["margin"]), rel=1e-5)
     batch = tiny_config().batch_size
     assert tags["constrained_nums"] == pytest.approx(
@@ -110,7 +138,7 @@ def test_checkpoint_plays_as_the_run_did(run, data):
     """The restored actor and normalizer repeat the last evaluation of the run, to the last bit."""
     workdir, results, config = run.workdir, run.results, run.config()
     saved = checkpoint_of(workdir, run)
-    assert saved["state"].step.tolist() == [60, 60]
+    assert saved["state"].step.tolist() == [60 + 30, 60 + 30]
     np.testing.assert_allclose(saved["state"].threshold.n, results["n"])
     dataset = load_dataset("toy", data, "ssar-test/Walk-v0")
     normalizer = fit_normalizer(dataset.observations)
@@ -153,20 +181,41 @@ def test_evaluation_scores_the_policy_on_standardised_observations(data, tmp_pat
     assert abs(clock.mean()) < 2
 
 
-def test_the_same_command_gives_the_same_bits(run, tmp_path):
-    again = str(tmp_path / "again")
-    run.script.main(run.config(), again)
-    assert rows_of(run.workdir) == rows_of(again)
-    assert same_bits(checkpoint_of(run.workdir, run), checkpoint_of(again, run))
+def test_online_leaves_the_coefficient_and_the_threshold_as_they_were(run):
+    before = checkpoint_of(run.workdir, run, "offline_checkpoint")["state"]
+    after = checkpoint_of(run.workdir, run)["state"]
+    frozen_parts = lambda state: (state.coefficient, state.coefficient_opt, state.threshold)
+    assert same_bits(frozen_parts(before), frozen_parts(after))
+    assert not same_bits(before.actor, after.actor)
+    assert before.online_step.tolist() == [0, 0]
+    assert after.online_step.tolist() == [30, 30]  # none in the ten steps of the warm-up
+
+
+def test_going_on_from_a_checkpoint_gives_the_same_bits_as_going_straight_on(run, tmp_path):
+    """And so does the same command, twice."""
+    offline, online = str(tmp_path / "offline"), str(tmp_path / "online")
+    results = run.script.main(run.config(online_steps=0), offline)
+    assert results["before_online"] is None
+    assert rows_of(offline) == rows_of(run.workdir)[:6]
+    before = checkpoint_of(offline, run)
+    assert same_bits(before, checkpoint_of(run.workdir, run, "offline_checkpoint"))
+    run.script.main(run.config(offline_checkpoint=offline), online)
+    assert rows_of(online) == rows_of(run.workdir)[6:]
+    assert same_bits(checkpoint_of(online, run), checkpoint_of(run.workdir, run))
+    with open(os.path.join(online, "episodes.csv")) as file:
+        with open(os.path.join(run.workdir, "episodes.csv")) as other:
+            assert file.read() == other.read()
 
 
 @pytest.mark.parametrize("run", [ssar], ids=["ssar_td3bc"], indirect=True)
 def test_another_seed_gives_another_run(run, data, tmp_path):
-    results = ssar.main(tiny_config(data, seed=1), str(tmp_path / "one"))
+    results = ssar.main(run.config(seed=1, num_seeds=1), str(tmp_path / "one"))
     assert results["seeds"] == [1]
     pair, single = rows_of(run.workdir)[1::2], rows_of(str(tmp_path / "one"))
     for a, b in zip(pair, single, strict=True):  # seed 1 alone is seed 1 of the two
-        assert float(a["critic_loss"]) == pytest.approx(float(b["critic_loss"]), rel=1e-3)
+        assert float(a["score"]) == pytest.approx(float(b["score"]), rel=1e-3)
+        if a["critic_loss"]:
+            assert float(a["critic_loss"]) == pytest.approx(float(b["critic_loss"]), rel=1e-3)
     assert rows_of(run.workdir)[0]["critic_loss"] != single[0]["critic_loss"]
 
 

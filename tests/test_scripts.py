@@ -14,7 +14,8 @@ SCRIPTS = ("ssar_td3bc", "ssar_cql")
 DIFFERENT = set(
     """
     Noise TrainState actor critic critics init_pair critic_loss actor_loss log_likelihood_margin
-    init_state sample_noise update_step train_interval act load_data main
+    init_state sample_noise update_step train_interval act explore online_step compile_online
+    finetune load_data main
 """.split()
 )
 
@@ -41,9 +42,10 @@ def test_repeated_definitions_are_identical():
     shared = [name for name in td3bc if name in cql]
     differing = {name for name in shared if td3bc[name] != cql[name]}
     assert differing <= DIFFERENT
-    assert len(set(shared) - DIFFERENT) >= 25
+    assert len(set(shared) - DIFFERENT) >= 32
     for network in ("MLP", "coefficient", "coefficient_loss", "update_threshold", "select_trusted",
-                    "iql_step", "optimizers", "take", "descend"):  # fmt: skip
+                    "iql_step", "optimizers", "take", "descend", "Ring", "store", "draw",
+                    "offline_rows", "pretrain", "modify_reward"):  # fmt: skip
         assert td3bc[network] == cql[network]
 
 
@@ -51,7 +53,7 @@ def test_sections_and_names_come_in_the_same_order():
     texts = [source(name) for name in SCRIPTS]
     banners = [[line for line in text.splitlines() if line.startswith("# ---")] for text in texts]
     assert banners[0] == banners[1]
-    assert len(banners[0]) == 7
+    assert len(banners[0]) == 8
     td3bc, cql = (list(definitions(text)) for text in texts)
     assert [name for name in td3bc if name in cql] == [name for name in cql if name in td3bc]
 

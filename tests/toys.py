@@ -119,6 +119,8 @@ def tiny_config(path=None, script="ssar_td3bc", **overrides):
         update_period=10,
         coefficient_lr=1e-3,
         iql_steps=30,
+        warmup_steps=10,
+        decay_steps=60,
         cache_dir=os.path.join(SCRATCH, "cache"),
     )
     if script == "ssar_cql":
