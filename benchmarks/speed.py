@@ -5,17 +5,23 @@
 For either script at the paper's sizes (batch 256, 17 observations, 6 actions): seconds to compile,
 updates a second, the float32 matmul rate of the same process, the useful arithmetic as a share of
 it, and the cost of more seeds. `cql` scores every row's sampled actions; `cql_trusted37` those of
-the 37 % that are trusted alone, with the arithmetic of all counted still. Within a case, loops and
-matmuls are timed in turns, so that a machine whose speed drifts slows all alike; medians are
-reported. Compare ratios, not seconds.
+the 37 % that are trusted alone, with the arithmetic of all counted still. `online` is the loop of
+`finetune` in Walker2d, a step of the environment and an update in turns: environment steps a
+second, and of the loop's time the share inside the environment (env_share), the share outside both
+the environment and the compiled update (host_share), and what a call of that update costs over the
+same update in a scan (call_share). Within a case, whatever is compared is timed in
+turns, so that a machine whose speed drifts slows all alike; medians are reported. Compare ratios,
+not seconds.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -26,6 +32,8 @@ import configs.ssar_cql
 import configs.ssar_td3bc
 import ssar_cql
 import ssar_td3bc
+from common.dataset import Dataset, Normalizer
+from common.evaluation import Collector
 
 OBS, ACTION, ROWS, TRUSTED, ROUNDS = 17, 6, 100_000, 0.37, 9
 
@@ -65,27 +73,41 @@ CASES = {
 }
 
 
+def make_config(case, **overrides):
+    """The settings of a case."""
+    _, settings, own, _, _ = CASES[case]
+    config = settings.get_config("hopper-medium-v2")
+    config.update(**own, **overrides)
+    return ml_collections.FrozenConfigDict(config)
+
+
+def make_data(script, num_seeds):
+    """Transitions of random numbers, [ROWS, ...]."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return script.Transition(
+        obs=normal(ROWS, OBS),
+        action=jnp.tanh(normal(ROWS, ACTION)),
+        reward=normal(ROWS),
+        next_obs=normal(ROWS, OBS),
+        terminated=jnp.zeros(ROWS),
+        trusted=jnp.asarray(rng.random((num_seeds, ROWS)) < TRUSTED, jnp.float32),
+    )
+
+
+def make_state(script, config):
+    """The state of every seed."""
+    keys = jnp.stack([jax.random.key(seed) for seed in range(config.num_seeds)])
+    return jax.jit(jax.vmap(lambda key: script.init_state(key, OBS, ACTION, config)))(keys)
+
+
 class Loop:
     """A compiled training interval with its state."""
 
     def __init__(self, case, num_seeds):
-        script, settings, overrides, gflop, self.updates = CASES[case]
-        config = settings.get_config("hopper-medium-v2")
-        config.update(eval_interval=self.updates, num_seeds=num_seeds, **overrides)
-        config = ml_collections.FrozenConfigDict(config)
-        rng = np.random.default_rng(0)
-        normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        self.data = script.Transition(
-            obs=normal(ROWS, OBS),
-            action=jnp.tanh(normal(ROWS, ACTION)),
-            reward=normal(ROWS),
-            next_obs=normal(ROWS, OBS),
-            terminated=jnp.zeros(ROWS),
-            trusted=jnp.asarray(rng.random((num_seeds, ROWS)) < TRUSTED, jnp.float32),
-        )
-        keys = jnp.stack([jax.random.key(seed) for seed in range(num_seeds)])
-        init = jax.jit(jax.vmap(lambda key: script.init_state(key, OBS, ACTION, config)))
-        self.state = init(keys)
+        script, _, _, gflop, self.updates = CASES[case]
+        config = make_config(case, eval_interval=self.updates, num_seeds=num_seeds)
+        self.data, self.state = make_data(script, num_seeds), make_state(script, config)
         started = time.perf_counter()
         lowered = script.train_interval.lower(self.state, self.data, config=config)
         self.train = lowered.compile()
@@ -111,6 +133,77 @@ def matmul_rate(repeats=200):
         return repeats * 2 * 256 * 512 * 512 / (time.perf_counter() - started) / 1e9
 
     return measure
+
+
+class OnlineLoop:
+    """What `finetune` wants of its surroundings; updates alone are timed between two intervals."""
+
+    def __init__(self, case):
+        script, _, _, _, updates = CASES[case]
+        self.steps = 2 * updates
+        config = make_config(
+            case, online_steps=ROUNDS * self.steps, eval_interval=self.steps, warmup_steps=0,
+            num_seeds=1,
+        )  # fmt: skip
+        data, ends = make_data(script, 1), np.arange(ROWS) % 1000 == 999
+        self.compile_updates(script, config, script.offline_rows(data, ends, config))
+        self.seconds = []  # of a step: in the loop, its environment, an update called, in a scan
+        empty = np.zeros((0, OBS), np.float32)
+        spec = gymnasium.spec("Walker2d-v5")
+        walker = Dataset(empty, empty[:, :ACTION], *[empty] * 4, spec, None, spec.id)
+        envs = Collector(walker, 1, 0, Normalizer(np.zeros(OBS), np.ones(OBS)))
+        script.finetune(make_state(script, config), data, ends, envs, self.evaluate, self, config)
+
+    def compile_updates(self, script, config, data):
+        """Two ways to make an interval's updates alone: as finetune's own calls, and in a scan."""
+        state, ring = make_state(script, config), script.init_ring(data, config)
+        row = jax.tree.map(lambda x: x[:, 0], ring.rows)
+        *_, learn, totals = script.compile_online(state, ring, data, state.key, config)
+        programs = learn if isinstance(learn, list) else [learn]
+
+        def call(carry):
+            for step in range(self.steps):
+                carry = programs[step % len(programs)](*carry, data, row)
+            return carry
+
+        def body(carry, _):
+            for turn in range(len(programs)):
+                kind = {"update_actor": bool(turn)} if len(programs) > 1 else {}
+                carry = script.online_step.__wrapped__(*carry, data, row, config=config, **kind)
+            return carry, None
+
+        scan = lambda carry: jax.lax.scan(body, carry, None, self.steps // len(programs))[0]
+        self.carry = (state, ring, totals)
+        self.ways = (call, jax.jit(scan, donate_argnums=0).lower(self.carry).compile())
+
+    def evaluate(self, _):
+        self.alone = []
+        for way in self.ways:
+            started = time.perf_counter()
+            self.carry = jax.block_until_ready(way(self.carry))
+            self.alone.append((time.perf_counter() - started) / self.steps)
+
+    def interacted(self, steps, seconds, envs):
+        self.seconds.append((seconds / steps, envs.seconds / steps, *self.alone))
+        envs.seconds, envs.finished = 0.0, []
+
+    def compiling(self):
+        return contextlib.nullcontext()
+
+    def interval(self, *_):
+        pass
+
+    def headline(self):
+        return {}
+
+    def report(self):
+        loop, env, called, scanned = np.array(self.seconds[1:]).T  # the first interval warms up
+        return {
+            "env_steps_per_second": float(np.median(1 / loop)),
+            "env_share": float(np.median(env / loop)),
+            "host_share": float(np.median((loop - env - called) / loop)),
+            "call_share": float(np.median((called - scanned) / loop)),
+        }
 
 
 def measure(case, seeds, rate):
@@ -141,6 +234,7 @@ def main(out):
     report = {"device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}"}
     for case in CASES:
         report[case] = measure(case, seeds=(1, 2, 4) if case == "td3bc" else (1, 2), rate=rate)
+        report[case]["online"] = OnlineLoop(case).report()
         print(json.dumps({case: report[case]}, indent=2), flush=True)
     if out:
         with open(out, "w") as file:

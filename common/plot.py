@@ -76,8 +76,8 @@ def plot_run(path: str, history, finished, score_of, results: dict, config) -> N
         if series["n"].shape[1] > 1:
             width.step(steps, series["n"], where="post", color=BLUE, lw=0.7, alpha=0.4)
         width.step(steps, series["n"].mean(axis=1), where="post", color=BLUE, lw=1.8, label="n")
-        stops = [step / 1000 for step in results["n_stopped_at"] if step is not None]
-        for i, stop in enumerate(stops):
+        stops = [step for step in results["n_stopped_at"] if step is not None and step <= updates]
+        for i, stop in enumerate(np.array(stops) / 1000):
             width.axvline(stop, color=GREY, ls=":", lw=1, label="n stopped" if i == 0 else None)
         width.set_ylim(config.n_start - 0.1, config.n_end + 0.1)
         width.set_title("threshold width n")
@@ -89,9 +89,9 @@ def plot_run(path: str, history, finished, score_of, results: dict, config) -> N
         margin.set_title("margin  log π(a|s) − C$_n$(s)")
         margin.legend(loc="best")
 
-        unit = "updates"
-        if online.any():
-            unit = "updates, then environment steps" if updates else "environment steps"
+        unit = "updates" if updates else "environment steps"
+        if updates and online.any():
+            unit = "updates, then environment steps"
             for axis in axes.flat:
                 axis.axvspan(updates / 1000, steps[-1], color=BLUE, alpha=0.06, lw=0, zorder=0)
             score.text(updates / 1000, 1, " online", transform=score.get_xaxis_transform(),
