@@ -593,7 +593,10 @@ def pretrain(state, data, evaluate, log, config):
 
 
 def offline_rows(data, ends, config):
-    """The offline rows that stay in use online, by `buffer_init`: Transition [M, ...], M >= 0."""
+    """The offline rows that stay in use online, by `buffer_init`: Transition [M, ...], M >= 0.
+
+    data: Transition [N, ...]. ends: the last rows of its episodes, bool [N].
+    """
     if config.buffer_init in ("all", "half"):
         return data
     part = config.buffer_init == "part"
@@ -700,20 +703,20 @@ def compile_online(state, ring, data, keys, config):
     return choose, collect, learn, totals
 
 
-def finetune(state, data, ends, envs, evaluate, log, config):
+def finetune(state, data, envs, evaluate, log, config):
     """Online: a step of every seed's environment, then one update of every seed, and so on.
 
-    state: TrainState [S, ...], given up. ends: the last rows of offline episodes, bool [N].
+    state: TrainState [S, ...], given up. data: offline_rows. envs: a Collector.
     Returns the state after `online_steps` steps, the first `warmup_steps` of them without update.
     """
-    data = offline_rows(data, ends, config)
     ring = init_ring(data, config)
     # Updates split the same keys: a tag that no split reaches keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     with log.compiling():
         choose, collect, learn, totals = compile_online(state, ring, data, keys, config)
     num_updates = int(state.step[0])
-    log.interval("online", 0, evaluate(state.actor), dict.fromkeys([*totals, "n"]))
+    info = dict.fromkeys(totals) | {"n": state.threshold.n}
+    log.interval("online", 0, evaluate(state.actor), info)
     obs, started = envs.reset(), time.perf_counter()
     with progress(config.online_steps, "online", "step") as bar:
         for step in range(1, config.online_steps + 1):
@@ -813,7 +816,8 @@ def main(config, workdir=None):
             save("offline_checkpoint", state)
     if config.online_steps:
         envs = Collector(dataset, config.num_seeds, config.seed, normalizer)
-        state = finetune(state, data, dataset.episode_ends, envs, evaluate, log, config)
+        data = offline_rows(data, dataset.episode_ends, config)
+        state = finetune(state, data, envs, evaluate, log, config)
     save("checkpoint", state)
     return log.finish(state.threshold.stopped_at, time.perf_counter() - started)
 

@@ -145,14 +145,15 @@ class OnlineLoop:
             case, online_steps=ROUNDS * self.steps, eval_interval=self.steps, warmup_steps=0,
             num_seeds=1,
         )  # fmt: skip
-        data, ends = make_data(script, 1), np.arange(ROWS) % 1000 == 999
-        self.compile_updates(script, config, script.offline_rows(data, ends, config))
+        ends = np.arange(ROWS) % 1000 == 999
+        data = script.offline_rows(make_data(script, 1), ends, config)
+        self.compile_updates(script, config, data)
         self.seconds = []  # of a step: in the loop, its environment, an update called, in a scan
         empty = np.zeros((0, OBS), np.float32)
         spec = gymnasium.spec("Walker2d-v5")
         walker = Dataset(empty, empty[:, :ACTION], *[empty] * 4, spec, None, spec.id)
         envs = Collector(walker, 1, 0, Normalizer(np.zeros(OBS), np.ones(OBS)))
-        script.finetune(make_state(script, config), data, ends, envs, self.evaluate, self, config)
+        script.finetune(make_state(script, config), data, envs, self.evaluate, self, config)
 
     def compile_updates(self, script, config, data):
         """Two ways to make an interval's updates alone: as finetune's own calls, and in a scan."""

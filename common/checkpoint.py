@@ -45,8 +45,8 @@ def load_offline(config, data_fingerprint: str, state_like):
     state_like: a tree of the state's shapes. Returns the state, the normalizer and D̂, bool [S, N].
     Raises InputError when there is no such run, or when it had other settings or other data.
     """
-    workdir = config.offline_checkpoint
-    flag = f"--config.offline_checkpoint={workdir}"
+    flag = f"--config.offline_checkpoint={config.offline_checkpoint}"
+    workdir = os.path.expanduser(config.offline_checkpoint)
     settings = load_settings(workdir)
     differing = [
         f"{field}={config[field]} (there {settings[field]})"
@@ -68,9 +68,9 @@ def load_offline(config, data_fingerprint: str, state_like):
         recorded = bytes(saved["data_fingerprint"]).hex()
         if recorded != data_fingerprint:
             raise InputError(
-                f"{flag} was trained on other data ({recorded}) than {config.dataset_path or ''}"
-                f"{'' if config.dataset_path else config.dataset} ({data_fingerprint}): name its "
-                "own data set with --config.dataset= or --config.dataset_path="
+                f"{flag} was trained on other data ({recorded}) than "
+                f"{config.dataset_path or config.dataset} ({data_fingerprint}): name its own data "
+                "set with --config.dataset= or --config.dataset_path="
             )
         like = {key: value for key, value in saved.items() if key != "state"}
         saved = load_checkpoint(workdir, like | {"state": state_like}, name)
@@ -89,7 +89,7 @@ def load_offline(config, data_fingerprint: str, state_like):
 
 def load_settings(workdir: str) -> dict:
     """The settings of the run in `workdir`. Raises InputError when that is no run's folder."""
-    path = os.path.join(workdir, "config.json")
+    path = os.path.join(os.path.expanduser(workdir), "config.json")
     try:
         with open(path) as file:
             return json.load(file)

@@ -209,7 +209,7 @@ class RunLog:
                 "so the coefficient sees few states; lower return_threshold or select by iql"
             )
         selected = self.config.selection != "none" and self.config.coefficient == "adaptive"
-        if selected and len(self.dataset.rewards) and self.trusted_fraction.min() == 1:
+        if selected and self.config.offline_steps and self.trusted_fraction.min() == 1:
             found.append(
                 f"selection={self.config.selection} trusts every transition: it selects nothing"
             )
