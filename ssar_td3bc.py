@@ -624,19 +624,18 @@ def draw(key, data, stored, added, config):
 
     data: Transition [M, ...]. stored: one seed's part of the ring, [C, ...]; added: the ring's.
     """
+    batch, keys = (config.batch_size,), jax.random.split(key, 3)
     num_offline, num_stored = len(data.reward), jnp.minimum(added, len(stored.reward))
-    if config.buffer_init == "half":
-        half, keys = config.batch_size // 2, jax.random.split(key)
-        old = take(data, jax.random.randint(keys[0], (half,), 0, num_offline))
-        rows = jax.random.randint(keys[1], (config.batch_size - half,), 0, num_stored)
-        return jax.tree.map(lambda *halves: jnp.concatenate(halves), old, take(stored, rows))
-    rows = jax.random.randint(key, (config.batch_size,), 0, num_offline + num_stored)
-    new = take(stored, jnp.maximum(rows - num_offline, 0))
+    new = take(stored, jax.random.randint(keys[0], batch, 0, num_stored))
     if num_offline == 0:
         return new
-    old = take(data, jnp.minimum(rows, num_offline - 1))
+    old = take(data, jax.random.randint(keys[1], batch, 0, num_offline))
+    if config.buffer_init == "half":
+        is_old = jnp.arange(config.batch_size) < config.batch_size // 2
+    else:
+        is_old = jax.random.randint(keys[2], batch, 0, num_offline + num_stored) < num_offline
     choose = jax.vmap(lambda is_old, old, new: jnp.where(is_old, old, new))
-    return jax.tree.map(partial(choose, rows < num_offline), old, new)
+    return jax.tree.map(partial(choose, is_old), old, new)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -671,11 +670,8 @@ def online_step(state, ring, totals, data, transition, config, update_actor):
         key, index_key, noise_key = jax.random.split(state.key, 3)
         batch = draw(index_key, data._replace(trusted=trusted), stored, ring.added, config)
         noise = sample_noise(noise_key, batch, config)
-        state = state._replace(key=key)
-        state, info = update_step(
-            state, batch, noise, config, update_actor=update_actor, online=True
-        )
-        return state, info
+        update = partial(update_step, update_actor=update_actor, online=True)
+        return update(state._replace(key=key), batch, noise, config)
 
     state, info = over_seeds(one_seed, state, ring.rows, data.trusted)
     for name, value in info.items():
