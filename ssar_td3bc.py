@@ -122,8 +122,8 @@ class TrainState(NamedTuple):
     key: jax.Array  # [] PRNG key
 
 
-class Ring(NamedTuple):
-    """What every seed met online, C rows at most: when they are full, the oldest makes place."""
+class ReplayBuffer(NamedTuple):
+    """What every seed met online, C rows of each at most: when full, the oldest is overwritten."""
 
     rows: Transition  # [S, C, ...]
     added: jax.Array  # [] i32, rows written so far
@@ -604,25 +604,26 @@ def offline_rows(data, ends, config):
     return take(data._replace(trusted=None), rows)._replace(trusted=data.trusted[:, rows])
 
 
-def init_ring(data, config):
-    """An empty ring on the device."""
+def init_buffer(data, config):
+    """An empty replay buffer on the device."""
     shape = (config.num_seeds, config.buffer_capacity or config.online_steps)
     row = data._replace(trusted=data.reward)
     rows = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), x.dtype), row)
-    return Ring(rows, added=jnp.int32(0))
+    return ReplayBuffer(rows, added=jnp.int32(0))
 
 
-def store(ring, transition):
-    """Writes a transition of every seed, [S, ...]; in place where the ring is donated."""
-    place = ring.added % ring.rows.reward.shape[1]
+@partial(jax.jit, donate_argnames="buffer")
+def store(buffer, transition):
+    """Writes a transition of every seed, [S, ...], into the buffer, which is donated, in place."""
+    place = buffer.added % buffer.rows.reward.shape[1]
     write = partial(jax.lax.dynamic_update_index_in_dim, index=place, axis=1)
-    return Ring(jax.tree.map(write, ring.rows, transition), ring.added + 1)
+    return ReplayBuffer(jax.tree.map(write, buffer.rows, transition), buffer.added + 1)
 
 
-def draw(key, data, stored, added, config):
+def sample_batch(key, data, stored, added, config):
     """A batch [B] of offline and stored rows, each as likely as any other; `half`: half of each.
 
-    data: Transition [M, ...]. stored: one seed's part of the ring, [C, ...]; added: the ring's.
+    data: Transition [M, ...]. stored: one seed's part of the buffer, [C, ...]; added: the buffer's.
     """
     batch, keys = (config.batch_size,), jax.random.split(key, 3)
     num_offline, num_stored = len(data.reward), jnp.minimum(added, len(stored.reward))
@@ -653,49 +654,45 @@ def explore(actor_params, observations, keys, step, config):
     return over_seeds(one_seed, actor_params, observations, keys)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("config", "update_actor"),
-    donate_argnames=("state", "ring", "totals"),
-)
-def online_step(state, ring, totals, data, transition, config, update_actor):
-    """Stores a transition of every seed, then makes one update of each.
+@partial(jax.jit, static_argnames=("config", "update_actor"), donate_argnames=("state", "totals"))
+def online_step(state, totals, buffer, data, config, update_actor):
+    """One update of every seed, on a batch of its own.
 
-    state, ring: [S, ...], donated and changed in place. data: offline_rows. transition: [S, ...].
+    state: TrainState [S, ...], donated. data: offline_rows. buffer: read alone, for what a program
+    both writes and gathers from it would copy for several seeds.
     totals: {metric: (sum [S], count [])} of the updates before, donated; this one is added.
     """
-    ring = store(ring, transition)
 
     def one_seed(state, stored, trusted):
         key, index_key, noise_key = jax.random.split(state.key, 3)
-        batch = draw(index_key, data._replace(trusted=trusted), stored, ring.added, config)
+        rows_of_seed = data._replace(trusted=trusted)
+        batch = sample_batch(index_key, rows_of_seed, stored, buffer.added, config)
         noise = sample_noise(noise_key, batch, config)
         update = partial(update_step, update_actor=update_actor, online=True)
         return update(state._replace(key=key), batch, noise, config)
 
-    state, info = over_seeds(one_seed, state, ring.rows, data.trusted)
+    state, info = over_seeds(one_seed, state, buffer.rows, data.trusted)
     for name, value in info.items():
         total, count = totals.get(name, (0.0, 0.0))
         totals = totals | {name: (total + value, count + 1)}
-    return state, ring, totals
+    return state, totals
 
 
-def compile_online(state, ring, data, keys, config):
+def compile_online(state, buffer, data, keys, config):
     """The programs of an environment step, and the zeros that its metrics are added to.
 
-    Returns explore; store for every seed; online_step for updates of the critics alone and for
-    those of everything; totals.
+    Returns explore; store; learn(step, state, totals, buffer, data), online_step for the update
+    that brings the state to `step` updates; totals.
     """
-    transition = jax.tree.map(lambda x: x[:, 0], ring.rows)
+    transition = jax.tree.map(lambda x: x[:, 0], buffer.rows)
     choose = explore.lower(state.actor, transition.obs, keys, np.int32(0), config=config).compile()
-    collect = jax.jit(store, donate_argnums=0).lower(ring, transition).compile()
+    collect = store.lower(buffer, transition).compile()
     update = partial(online_step, config=config, update_actor=True)
-    totals = jax.eval_shape(update, state, ring, {}, data, transition)[2]
+    totals = jax.eval_shape(update, state, {}, buffer, data)[1]
     totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), totals)
-    args = (state, ring, totals, data, transition)
-    learn = [
-        online_step.lower(*args, config=config, update_actor=due).compile() for due in (False, True)
-    ]
+    lower = partial(online_step.lower, state, totals, buffer, data, config=config)
+    programs = [lower(update_actor=due).compile() for due in (False, True)]
+    learn = lambda step, *args: programs[step % config.new_policy_freq == 0](*args)
     return choose, collect, learn, totals
 
 
@@ -705,11 +702,11 @@ def finetune(state, data, envs, evaluate, log, config):
     state: TrainState [S, ...], given up. data: offline_rows. envs: a Collector.
     Returns the state after `online_steps` steps, the first `warmup_steps` of them without update.
     """
-    ring = init_ring(data, config)
+    buffer = init_buffer(data, config)
     # Updates split the same keys: a tag that no split reaches keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     with log.compiling():
-        choose, collect, learn, totals = compile_online(state, ring, data, keys, config)
+        choose, collect, learn, totals = compile_online(state, buffer, data, keys, config)
     num_updates = int(state.step[0])
     info = dict.fromkeys(totals) | {"n": state.threshold.n}
     log.interval("online", 0, evaluate(state.actor), info)
@@ -730,18 +727,16 @@ def finetune(state, data, envs, evaluate, log, config):
             obs = outcome.obs
 
             # --- learn ---
-            if step <= config.warmup_steps:
-                ring = collect(ring, transition)
-            else:
+            buffer = collect(buffer, transition)
+            if step > config.warmup_steps:
                 num_updates += 1
-                due = num_updates % config.new_policy_freq == 0
-                state, ring, totals = learn[due](state, ring, totals, data, transition)
+                state, totals = learn(num_updates, state, totals, buffer, data)
             bar.update(1)
 
             # --- evaluate ---
             if step % config.eval_interval == 0:
                 sums = jax.device_get(totals)  # waits for the last update
-                log.interacted(config.eval_interval, time.perf_counter() - started, envs)
+                log.collected(step, time.perf_counter() - started, envs)
                 info = {name: x / count if count else None for name, (x, count) in sums.items()}
                 info["n"] = state.threshold.n
                 log.interval("online", step, evaluate(state.actor), info)

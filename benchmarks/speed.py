@@ -157,24 +157,23 @@ class OnlineLoop:
 
     def compile_updates(self, script, config, data):
         """Two ways to make an interval's updates alone: as finetune's own calls, and in a scan."""
-        state, ring = make_state(script, config), script.init_ring(data, config)
-        row = jax.tree.map(lambda x: x[:, 0], ring.rows)
-        *_, learn, totals = script.compile_online(state, ring, data, state.key, config)
-        programs = learn if isinstance(learn, list) else [learn]
+        state, buffer = make_state(script, config), script.init_buffer(data, config)
+        _, store, learn, totals = script.compile_online(state, buffer, data, state.key, config)
+        buffer = store(buffer, jax.tree.map(lambda x: x[:, 0], buffer.rows))
+        kinds = [{}] if script is ssar_cql else [{"update_actor": due} for due in (False, True)]
 
         def call(carry):
             for step in range(self.steps):
-                carry = programs[step % len(programs)](*carry, data, row)
+                carry = learn(step, *carry, buffer, data)
             return carry
 
         def body(carry, _):
-            for turn in range(len(programs)):
-                kind = {"update_actor": bool(turn)} if len(programs) > 1 else {}
-                carry = script.online_step.__wrapped__(*carry, data, row, config=config, **kind)
+            for kind in kinds:
+                carry = script.online_step.__wrapped__(*carry, buffer, data, config, **kind)
             return carry, None
 
-        scan = lambda carry: jax.lax.scan(body, carry, None, self.steps // len(programs))[0]
-        self.carry = (state, ring, totals)
+        scan = lambda carry: jax.lax.scan(body, carry, None, self.steps // len(kinds))[0]
+        self.carry = (state, totals)
         self.ways = (call, jax.jit(scan, donate_argnums=0).lower(self.carry).compile())
 
     def evaluate(self, _):
@@ -184,8 +183,8 @@ class OnlineLoop:
             self.carry = jax.block_until_ready(way(self.carry))
             self.alone.append((time.perf_counter() - started) / self.steps)
 
-    def interacted(self, steps, seconds, envs):
-        self.seconds.append((seconds / steps, envs.seconds / steps, *self.alone))
+    def collected(self, _, seconds, envs):
+        self.seconds.append((seconds / self.steps, envs.seconds / self.steps, *self.alone))
         envs.seconds, envs.finished = 0.0, []
 
     def compiling(self):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
 import orbax.checkpoint as ocp
 
-from common.checks import ONLINE_FIELDS, InputError
+from common.checks import InputError
 from common.dataset import Normalizer
 
 
@@ -43,23 +42,10 @@ def load_offline(config, data_fingerprint: str, state_like):
     """Where the run in `config.offline_checkpoint` stood when its offline training ended.
 
     state_like: a tree of the state's shapes. Returns the state, the normalizer and D̂, bool [S, N].
-    Raises InputError when there is no such run, or when it had other settings or other data.
+    Raises InputError when it has not ended, or when the run had other data.
     """
     flag = f"--config.offline_checkpoint={config.offline_checkpoint}"
     workdir = os.path.expanduser(config.offline_checkpoint)
-    settings = load_settings(workdir)
-    differing = [
-        f"{field}={config[field]} (there {settings[field]})"
-        for field in config
-        if field not in ONLINE_FIELDS
-        and field in settings
-        and _plain(config[field]) != settings[field]
-    ]
-    if differing:
-        raise InputError(
-            f"{flag} was trained with other settings than {', '.join(differing)}: leave those out, "
-            "and --config= too, to take the run's own"
-        )
     name = "offline_checkpoint"  # of a run that went on online
     if not os.path.isdir(os.path.join(workdir, name)):
         name = "checkpoint"
@@ -85,23 +71,3 @@ def load_offline(config, data_fingerprint: str, state_like):
         raise InputError(f"{flag} has been trained online already: name an offline run")
     normalizer = {key: np.asarray(value) for key, value in saved["normalizer"].items()}
     return saved["state"], Normalizer(**normalizer), np.asarray(saved["trusted"])
-
-
-def load_settings(workdir: str) -> dict:
-    """The settings of the run in `workdir`. Raises InputError when that is no run's folder."""
-    path = os.path.join(os.path.expanduser(workdir), "config.json")
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--config.offline_checkpoint={workdir} is no run's folder ({path}: {error}): "
-            "give the --workdir of a finished offline run"
-        ) from None
-
-
-def _plain(value):
-    """The value as it comes back from JSON."""
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return list(value) if isinstance(value, tuple) else value

@@ -1,5 +1,6 @@
 """Settings that cannot work, caught before anything is compiled or written."""
 
+import json
 import os
 
 
@@ -37,7 +38,7 @@ RANGES = {
 }
 WIDTHS = ("hidden_dims", "coefficient_hidden_dims")
 MULTIPLES = (
-    ("eval_interval", "policy_freq"),
+    ("eval_interval", "policy_freq"),  # this and the next matter offline
     ("offline_steps", "eval_interval"),
     ("online_steps", "eval_interval"),
 )
@@ -48,7 +49,12 @@ ONLINE_FIELDS = """online_steps warmup_steps buffer_init buffer_capacity anneal 
 
 
 def check_config(config) -> None:
-    """Raises InputError, naming the field and the mend, for values that cannot work."""
+    """Raises InputError, naming the field and the mend, for values that cannot work.
+
+    And for those that the run in `offline_checkpoint` did not have.
+    """
+    if config.offline_checkpoint:
+        _check_same_settings(config)
 
     def refuse(field, why):
         alias = " (cql_alpha)" if field == "coefficient_init" and "cql_alpha" in config else ""
@@ -81,7 +87,7 @@ def check_config(config) -> None:
                 refuse(field, "is no number: give a bound, or leave it out")
         if None not in bounds and not bounds[0] < bounds[1]:
             refuse("clip_diff_min", f"must be below --config.clip_diff_max={bounds[1]}")
-    for field, divisor in MULTIPLES:
+    for field, divisor in MULTIPLES[2:] if config.offline_checkpoint else MULTIPLES:
         if divisor in config and config[field] % config[divisor]:
             refuse(field, f"must be a multiple of --config.{divisor}={config[divisor]}")
     if config.coefficient == "adaptive" and config.coefficient_init == 0:
@@ -116,9 +122,51 @@ def _check_online(config, refuse):
         )
 
 
+def _check_same_settings(config):
+    flag = f"--config.offline_checkpoint={config.offline_checkpoint}"
+    settings = load_settings(config.offline_checkpoint)
+    foreign = sorted(set(settings) - set(config))
+    if foreign:
+        raise InputError(
+            f"{flag} is a run of another script, with {', '.join(foreign)}: use the script it is of"
+        )
+    differing = [
+        f"{field}={config[field]} (there {settings[field]})"
+        for field in sorted(set(settings) - set(ONLINE_FIELDS))
+        if _as_json(config[field]) != settings[field]
+    ]
+    if differing:
+        raise InputError(
+            f"{flag} was trained with other settings than {', '.join(differing)}: leave those out, "
+            "and --config= too, to take the run's own"
+        )
+
+
+def load_settings(workdir: str) -> dict:
+    """The settings of the run in `workdir`. Raises InputError when that is no run's folder."""
+    path = os.path.join(os.path.expanduser(workdir), "config.json")
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not readable"
+        raise InputError(
+            f"--config.offline_checkpoint={workdir} is no run's folder ({path}: {reason}): "
+            "give the --workdir of a finished offline run"
+        ) from None
+
+
+def _as_json(value):
+    """The value as it comes back from a run's config.json."""
+    if isinstance(value, float) and abs(value) == float("inf"):
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
 def check_workdir(workdir: str, offline_checkpoint: str | None = None) -> None:
     """Raises InputError when no run folder can be made there, or it is the run to go on from."""
-    if offline_checkpoint and os.path.realpath(workdir) == os.path.realpath(offline_checkpoint):
+    source = os.path.realpath(os.path.expanduser(offline_checkpoint or ""))
+    if offline_checkpoint and os.path.realpath(workdir) == source:
         raise InputError(
             f"--workdir={workdir} is the run of --config.offline_checkpoint: choose another folder"
         )

@@ -8,8 +8,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from common.checkpoint import load_settings
-from common.checks import InputError
+from common.checks import InputError, load_settings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -63,12 +62,15 @@ def run(main, name: str) -> None:
 
 
 def restore_settings(config, given) -> None:
-    """Gives `config` the settings of the run in `offline_checkpoint`, but for the fields given."""
-    settings = load_settings(config.offline_checkpoint)
-    for field in set(config) & set(settings) - set(given) - {"offline_checkpoint"}:
-        value = settings[field]
-        with config.ignore_type():
+    """Gives `config` the settings of the run in `offline_checkpoint`, then those given."""
+    settings = load_settings(config.offline_checkpoint) | {
+        "offline_checkpoint": config.offline_checkpoint
+    }
+    with config.ignore_type():
+        for field in set(config) & set(settings):
+            value = settings[field]
             config[field] = tuple(value) if isinstance(value, list) else value
+    config.update(given)  # afterwards: a field may have two names
 
 
 def _settings(name):
@@ -97,7 +99,7 @@ def _usage(name) -> str:
         [
             sys.modules["__main__"].__doc__,
             f"--config=configs/{name}.py:<task>, first; tasks: {', '.join(module.TASKS)}",
-            f"--workdir=<folder>, by default runs/{name}/<task>/<seed>",
+            f"--workdir=<folder>, by default runs/{name}/<task>/<seed>, or <seed>-online after a checkpoint",
             "Fields, as the task demo sets them:",
             *fields,
         ]

@@ -78,7 +78,7 @@ def make_envs(dataset: Dataset, num_envs: int) -> gymnasium.vector.VectorEnv:
     return envs
 
 
-def note_success(success, infos, running, ended) -> None:
+def record_success(success, infos, running, ended) -> None:
     """Writes what a step reported into `success` [slots], 1 once reached, of `running` slots.
 
     A slot that ended has been reset already; what its last step reported stands apart.
@@ -117,7 +117,7 @@ class Evaluator:
             returns += rewards * running
             lengths += running
             ended = terminated | truncated
-            note_success(success, infos, running, ended)
+            record_success(success, infos, running, ended)
             running &= ~ended
         return Episodes(*(x.reshape(self.shape) for x in (returns, lengths, success)))
 
@@ -154,7 +154,7 @@ class Collector:
         self.returns += rewards
         self.lengths += 1
         ended = terminated | truncated
-        note_success(self.success, infos, np.ones_like(ended), ended)
+        record_success(self.success, infos, np.ones_like(ended), ended)
         obs = self._standardise(observations)
         next_obs = obs
         if ended.any():

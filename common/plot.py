@@ -36,18 +36,19 @@ def plot_run(path: str, history, finished, score_of, results: dict, config) -> N
         figure = Figure(figsize=(9, 5.6), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
         (score, beta), (width, margin) = axes
+        phase = " · online" if online.all() else ""
         figure.suptitle(
-            f"{results['algorithm']} · {results['task']} · {config.coefficient} β", fontsize=11
+            f"{results['algorithm']} · {results['task']} · {config.coefficient} β{phase}",
+            fontsize=11,
         )
 
         def curves(axis, key, colour, label, values=None):
-            values = series[key] if values is None else values
-            known = np.isfinite(values).any(axis=1)  # an interval may have had no update
+            values = series[key] if values is None else values  # NaN: no update in the interval
             if values.shape[1] > 1:
-                axis.plot(steps[known], values[known], color=colour, lw=0.7, alpha=0.4)
-            mean = values[known].mean(axis=1)
-            marker = "o" if known.sum() == 1 else None
-            axis.plot(steps[known], mean, color=colour, lw=1.8, label=label, marker=marker)
+                axis.plot(steps, values, color=colour, lw=0.7, alpha=0.4)
+            mean = values.mean(axis=1)
+            marker = "o" if np.isfinite(mean).sum() == 1 else None
+            axis.plot(steps, mean, color=colour, lw=1.8, label=label, marker=marker, ms=4)
 
         episodes = [
             ((updates + episode.step) / 1000, score_of(episode.episode_return))
@@ -55,7 +56,7 @@ def plot_run(path: str, history, finished, score_of, results: dict, config) -> N
             for episode in past
         ]
         if episodes:
-            score.plot(*zip(*episodes, strict=True), ".", color=GREY, ms=2, alpha=0.4, zorder=1,
+            score.plot(*zip(*episodes, strict=True), ".", color=GREY, ms=3, alpha=0.6, zorder=1,
                        label="training episodes")  # fmt: skip
         curves(score, "score", BLUE, f"policy, {history[0]['episodes'][0]} episodes")
         if results["behaviour"][0] is not None:
@@ -95,8 +96,9 @@ def plot_run(path: str, history, finished, score_of, results: dict, config) -> N
             for axis in axes.flat:
                 axis.axvspan(updates / 1000, steps[-1], color=BLUE, alpha=0.06, lw=0, zorder=0)
             score.text(updates / 1000, 1, " online", transform=score.get_xaxis_transform(),
-                       fontsize=8, color=BLUE, va="top")  # fmt: skip
+                       fontsize=8, color=BLUE, va="top",
+                       bbox={"facecolor": "white", "lw": 0, "alpha": 0.6, "pad": 1})  # fmt: skip
         for axis in axes[1]:
             axis.set_xlabel(f"{unit} (thousands)")
-            axis.set_xlim(0, steps[-1])
+            axis.set_xlim(0, steps[-1] * 1.01)
         figure.savefig(path, dpi=160)

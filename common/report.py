@@ -46,8 +46,9 @@ class RunLog:
         self.compile_seconds = 0.0
         self.history = []  # one dict an evaluation: phase, step; score and metrics [S]
         self.finished = [[] for _ in self.seeds]  # every seed's episodes of online training
-        self.speeds = {"offline": [], "online": []}  # updates/s; every environment's steps/s
-        self.env_shares = []  # of the time online, inside the environments
+        self.failures = np.zeros(len(self.seeds))  # of those; NaN where success is not reported
+        self.speeds = []  # updates/s of every seed offline
+        self.online_speeds = []  # the same online; environment steps/s, and the environments' share
         set_aside(self.workdir)
         os.makedirs(self.workdir, exist_ok=True)
         self._write_json("config.json", config.to_dict())
@@ -69,24 +70,28 @@ class RunLog:
         """Times what happens inside as `updates` offline updates of every seed."""
         started = time.perf_counter()
         yield
-        self.speeds["offline"].append(updates / (time.perf_counter() - started))
+        self.speeds.append(updates / (time.perf_counter() - started))
 
-    def interacted(self, steps, seconds, envs):
-        """Adds what the last `steps` steps of a Collector took, in seconds, and what they ended."""
-        self.speeds["online"].append(steps / seconds)
-        self.env_shares.append(envs.seconds / seconds)
+    def collected(self, step, seconds, envs):
+        """Adds the interval that ends at environment step `step`: its time, and what has ended."""
+        steps = self.config.eval_interval
+        updates = min(steps, max(step - self.config.warmup_steps, 0))
+        if updates == steps or step == self.config.online_steps:  # others are half a warm-up
+            rates = (updates / seconds, steps / seconds * len(self.seeds), envs.seconds / seconds)
+            self.online_speeds.append(rates)
         finished, envs.finished, envs.seconds = envs.finished, [], 0.0
         rows = []
         for episode in finished:
             past = self.finished[episode.slot]
             past.append(episode)
+            self.failures[episode.slot] += 1 - episode.success
             score = self.dataset.score(episode.episode_return)
             values = {
                 "episode_return": episode.episode_return,
                 "online_normalized_episode_score": score if self.dataset.reference else np.nan,
                 "episode_length": episode.length,
                 "is_success": episode.success,
-                "train_regret": np.mean([1 - other.success for other in past]),
+                "train_regret": self.failures[episode.slot] / len(past),
             }
             self._add_scalars(episode.slot, values, episode.step)
             seed, won = self.seeds[episode.slot], blank(episode.success)
@@ -148,11 +153,16 @@ class RunLog:
         """Writes results.json and the picture, prints the table; returns results.json's content."""
         offline = [past for past in self.history if past["phase"] == "offline"]
         online = [past for past in self.history if past["phase"] == "online"]
-        scores = np.stack([past["score"] for past in online[1:] or offline])  # [intervals, S]
+        learned = [past for past in online if past["step"] > self.config.warmup_steps]
+        scores = np.stack([past["score"] for past in learned or offline])  # [intervals, S]
         behaviour = self.dataset.score(self.dataset.returns)
         last = self.history[-1]
-        beta = [past["beta_mean"] for past in self.history if "beta_mean" in past["measured"]]
-        speeds = {phase: float(np.median(x)) if x else None for phase, x in self.speeds.items()}
+        beta = [
+            past["beta_mean"] * past["anneal"]
+            for past in self.history
+            if "beta_mean" in past["measured"]
+        ]
+        rates = np.median(self.online_speeds, axis=0).tolist() if online else [None] * 3
         results = {
             "algorithm": self.algorithm,
             "task": self.config.task,
@@ -166,16 +176,17 @@ class RunLog:
             "success_rate": last["success_rate"].tolist(),
             "eval_regret": self._eval_regrets().tolist(),
             "train_regret": [
-                float(np.mean([1 - episode.success for episode in past])) if past else np.nan
-                for past in self.finished
+                float(failed / len(past)) if past else np.nan
+                for failed, past in zip(self.failures, self.finished, strict=True)
             ],
             "n": last["n"].tolist(),
             "n_stopped_at": [int(step) if step >= 0 else None for step in np.asarray(n_stopped_at)],
             "beta_mean": beta[-1].tolist() if beta else [np.nan] * len(self.seeds),
             "trusted_fraction": self.trusted_fraction.tolist(),
-            "updates_per_second": speeds["offline"] or speeds["online"],
-            "env_steps_per_second": speeds["online"] and speeds["online"] * len(self.seeds),
-            "env_share": float(np.median(self.env_shares)) if self.env_shares else None,
+            "updates_per_second": float(np.median(self.speeds)) if self.speeds else rates[0],
+            "online_updates_per_second": rates[0],
+            "env_steps_per_second": rates[1],
+            "env_share": rates[2],
             "compile_seconds": self.compile_seconds,
             "wall_seconds": wall_seconds,
             "warnings": self.warnings(),
@@ -213,6 +224,18 @@ class RunLog:
             found.append(
                 f"selection={self.config.selection} trusts every transition: it selects nothing"
             )
+        online, capacity = self.config.online_steps, self.config.buffer_capacity
+        if online and capacity and capacity < self.config.batch_size:
+            found.append(
+                f"small buffer: buffer_capacity={capacity} is less than a batch, so each stored "
+                "row is drawn again and again; raise it"
+            )
+        untrained = not (self.config.offline_steps or self.config.offline_checkpoint)
+        if untrained and self.config.coefficient == "adaptive":
+            found.append(
+                "untrained coefficient: without offline training β_φ knows nothing; give "
+                "coefficient=fixed, with coefficient_init=0 for the plain algorithm"
+            )
         last = self.history[-1] if self.history else {"measured": []}
         broken = [key for key in last["measured"] if not np.isfinite(last[key]).all()]
         if broken:
@@ -239,9 +262,8 @@ class RunLog:
 
     def _print_table(self, results):
         unit = "normalised score" if results["normalized"] else "return"
-        columns = ["behaviour", "last", "mean_last_10", "best", "n", "beta_mean"]
-        if results["before_online"]:
-            columns.insert(1, "before_online")
+        columns = ["behaviour", "before_online", "last", "mean_last_10", "best", "n", "beta_mean"]
+        columns = [name for name in columns if results[name] and results[name][0] is not None]
         lines = [f"{unit:>16}  " + "".join(f"{name:>14}" for name in columns)]
         rows = [
             (f"seed {seed}", [results[c][i] for c in columns]) for i, seed in enumerate(self.seeds)
@@ -254,10 +276,13 @@ class RunLog:
         ]
         print("\n".join(lines))
         speeds = []
-        if self.speeds["offline"]:
+        if self.speeds:
             speeds.append(f"{results['updates_per_second']:.0f} updates/s")
         if results["env_steps_per_second"]:
-            speeds.append(f"{results['env_steps_per_second']:.0f} environment steps/s online")
+            speeds.append(
+                f"{results['env_steps_per_second']:.0f} environment steps/s and "
+                f"{results['online_updates_per_second']:.0f} updates/s online"
+            )
         print(f"{', '.join(speeds)}, {results['wall_seconds']:.0f} s in all -> {self.workdir}")
         self._print_warnings()
 

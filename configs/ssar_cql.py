@@ -92,7 +92,9 @@ def defaults():
     # online
     c.offline_checkpoint = config_dict.placeholder(str)  # the folder of a run to go on from
     c.buffer_init = "part"  # offline rows in use: all | half a batch | part (50 best) | none
-    c.buffer_capacity = config_dict.placeholder(int)  # rows kept; by default online_steps
+    c.buffer_capacity = config_dict.placeholder(
+        int
+    )  # of the replay buffer; by default online_steps
     c.warmup_steps = 5_000  # without updates
     c.anneal = "cosine"  # how the frozen β_φ fades: linear | cosine | none
     c.decay_steps = 400_000  # in as many updates

@@ -89,7 +89,9 @@ def defaults():
     # online
     c.offline_checkpoint = config_dict.placeholder(str)  # the folder of a run to go on from
     c.buffer_init = "part"  # offline rows in use: all | half a batch | part (50 best) | none
-    c.buffer_capacity = config_dict.placeholder(int)  # rows kept; by default online_steps
+    c.buffer_capacity = config_dict.placeholder(
+        int
+    )  # of the replay buffer; by default online_steps
     c.warmup_steps = 5_000  # without updates
     c.new_policy_freq = 2  # policy_freq, online
     c.exploration_noise = 0.0  # standard deviation of what is added to π(s) online

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ import ssar_td3bc as ssar
 from common.checkpoint import load_checkpoint
 from common.checks import InputError
 from common.dataset import Normalizer, fit_normalizer, load_dataset
-from common.evaluation import Evaluator
+from common.evaluation import Collector, Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +28,39 @@ def data(tmp_path_factory):
 
 
 class Run:
-    """A finished run of two seeds, offline then online: script, folder and what main returned."""
+    """A finished run of two seeds, offline then online: script, folder and what main returned.
+
+    acted: [(actions, Outcome), ...] of its environments. buffer: the replay buffer at the end.
+    """
 
     def __init__(self, script, data, workdir):
-        self.script, self.workdir, self.data = script, workdir, data
-        self.results = script.main(self.config(), workdir)
+        self.script, self.workdir, self.data, self.acted = script, workdir, data, []
+        step, compile_online = Collector.step, script.compile_online
+
+        def recorded_step(envs, actions):
+            self.acted.append((actions, step(envs, actions)))
+            return self.acted[-1][-1]
+
+        def recorded_programs(*args):
+            choose, collect, learn, totals = compile_online(*args)
+
+            def recorded_collect(*args):
+                self.buffer = collect(*args)
+                return self.buffer
+
+            return choose, recorded_collect, learn, totals
+
+        with mock.patch.object(Collector, "step", recorded_step):
+            with mock.patch.object(script, "compile_online", recorded_programs):
+                self.results = script.main(self.config(), workdir)
 
     def config(self, **overrides):
         settings = {"num_seeds": 2, "online_steps": 40, "buffer_init": "half"}
-        settings |= {"buffer_capacity": 12} | overrides  # the ring goes round
-        return tiny_config(self.data, self.script.__name__, **settings)
+        settings |= {"buffer_capacity": 12}  # it goes round three times
+        settings |= {"reward_scale": 2.0, "reward_bias": -0.5, "return_threshold": -45.0}
+        if self.script is ssar:
+            settings["new_policy_freq"] = 3
+        return tiny_config(self.data, self.script.__name__, **(settings | overrides))
 
 
 @pytest.fixture(scope="module", params=[ssar, ssar_cql], ids=lambda script: script.__name__)
@@ -189,6 +213,31 @@ def test_online_leaves_the_coefficient_and_the_threshold_as_they_were(run):
     assert not same_bits(before.actor, after.actor)
     assert before.online_step.tolist() == [0, 0]
     assert after.online_step.tolist() == [30, 30]  # none in the ten steps of the warm-up
+
+
+def test_what_is_stored_is_what_was_met(run):
+    """Rewards as offline, the episode's own successors, trusted; the twelve newest rows."""
+    rows = [np.asarray(column) for column in run.buffer.rows]
+    ended = 0
+    for t in range(40 - 12, 40):
+        action, outcome = run.acted[t]
+        expected = (run.acted[t - 1][1].obs, action, 2 * outcome.reward - 0.5, outcome.next_obs)
+        expected += (outcome.terminated, np.ones(2))
+        for column, values in zip(rows, expected, strict=True):
+            np.testing.assert_allclose(column[:, t % 12], values, rtol=1e-6)
+        ended += (outcome.obs != outcome.next_obs).any(axis=1).sum()
+    assert ended  # or successors and starts could not be told apart
+    assert 0 < rows[4].sum() < rows[4].size
+    assert not np.array_equal(rows[0][0], rows[0][1])  # every seed met its own
+
+
+@pytest.mark.parametrize("run", [ssar], ids=["ssar_td3bc"], indirect=True)
+def test_the_actor_moves_at_the_updates_it_should(run):
+    """Offline every second of 60 updates, online every third of 30, the 61st being the first."""
+    state = checkpoint_of(run.workdir, run)["state"]
+    steps = lambda opt_state: opt_state[0].count.tolist()
+    assert steps(state.actor_opt) == [30 + 10] * 2
+    assert steps(state.critic_opt) == [60 + 30] * 2
 
 
 def test_going_on_from_a_checkpoint_gives_the_same_bits_as_going_straight_on(run, tmp_path):

@@ -29,7 +29,7 @@ from toys import (
 
 import ssar_cql
 import ssar_td3bc as ssar
-from common.checks import InputError
+from common.checks import InputError, check_config
 from common.dataset import Normalizer, load_dataset
 from common.evaluation import Collector, Evaluator
 
@@ -152,17 +152,16 @@ def tagged(tags):
     return ssar.Transition(**columns)
 
 
-def test_a_full_ring_forgets_the_oldest_row_of_every_seed():
+def test_a_full_buffer_forgets_the_oldest_row_of_every_seed():
     config = frozen(online_steps=5, num_seeds=2)
-    ring = ssar.init_ring(tagged(range(3)), config)
-    put = jax.jit(ssar.store, donate_argnums=0)
+    buffer = ssar.init_buffer(tagged(range(3)), config)
     for t in range(13):
-        ring = put(ring, tagged([100 + t, 200 + t]))
+        buffer = ssar.store(buffer, tagged([100 + t, 200 + t]))
         kept = list(range(max(0, t - 4), t + 1))
         held = min(t + 1, 5)
-        assert int(ring.added) == t + 1
+        assert int(buffer.added) == t + 1
         for i, base in enumerate((100, 200)):
-            for column in ring.rows:
+            for column in buffer.rows:
                 values = np.asarray(column[i, :held]).reshape(held, -1)
                 assert sorted(values[:, 0]) == [base + k for k in kept]
                 assert (values == values[:, :1]).all()
@@ -170,7 +169,7 @@ def test_a_full_ring_forgets_the_oldest_row_of_every_seed():
 
 @pytest.mark.parametrize("buffer_init", STARTS)
 def test_batches_hold_offline_and_stored_rows_as_the_start_says(buffer_init):
-    """Before the ring is full and after: the right rows, whole, and all equally often."""
+    """Before the buffer is full and after: the right rows, whole, and all equally often."""
     config = frozen(buffer_init=buffer_init, online_steps=6, batch_size=700)
     data = tagged(range(8))
     data = data._replace(trusted=np.zeros((1, 8), np.float32))
@@ -178,17 +177,16 @@ def test_batches_hold_offline_and_stored_rows_as_the_start_says(buffer_init):
     offline = ssar.offline_rows(jax.tree.map(jnp.asarray, data), ends, config)
     old = [] if buffer_init == "none" else list(range(8))  # part: three episodes, all of them
     assert sorted(np.asarray(offline.reward).tolist()) == old
-    ring = ssar.init_ring(data, config)
-    put = jax.jit(ssar.store, donate_argnums=0)
-    draw = jax.jit(partial(ssar.draw, config=config))
+    buffer = ssar.init_buffer(data, config)
+    sample = jax.jit(partial(ssar.sample_batch, config=config))
     for t in range(20):
-        ring = put(ring, tagged([100 + t])._replace(trusted=np.ones(1)))
+        buffer = ssar.store(buffer, tagged([100 + t])._replace(trusted=np.ones(1, np.float32)))
         if t not in (0, 3, 5, 6, 19):
             continue
         new = [100 + k for k in range(max(0, t - 5), t + 1)]
-        one_seed = jax.tree.map(lambda x: x[0], ring.rows)
+        one_seed = jax.tree.map(lambda x: x[0], buffer.rows)
         offline_seed = offline._replace(trusted=offline.trusted[0])
-        batch = draw(jax.random.key(t), offline_seed, one_seed, ring.added)
+        batch = sample(jax.random.key(t), offline_seed, one_seed, buffer.added)
         drawn = np.asarray(batch.reward)
         np.testing.assert_array_equal(batch.trusted, drawn >= 100)  # what is new is trusted
         for column in (batch.obs, batch.action, batch.next_obs):
@@ -222,56 +220,61 @@ def test_the_part_start_keeps_the_50_best_episodes_and_their_trust():
 # ----------------------------------------------------------------------- one step
 
 
-def step_arguments(script, config, transition):
-    """What compile_online wants, and its programs: keys, ring, offline rows; then the programs."""
-    state = toy_states(config, range(config.num_seeds), script)
+def step_arguments(script, config):
+    """State, empty buffer, offline rows, a transition of every seed, and the programs of a step."""
+    seeds = range(config.num_seeds)
+    state = toy_states(config, seeds, script)
     data = toy_batch(rows=50)
-    data = data._replace(trusted=jnp.stack([data.trusted] * config.num_seeds))
+    data = data._replace(trusted=jnp.stack([data.trusted for _ in seeds]))
     data = script.offline_rows(data, np.arange(50) % 5 == 4, config)
-    ring = script.init_ring(data, config)
-    assert jax.tree.map(jnp.shape, transition) == jax.tree.map(lambda x: x[:, 0].shape, ring.rows)
-    keys = jnp.stack([jax.random.key(i) for i in range(config.num_seeds)])
-    return state, ring, data, script.compile_online(state, ring, data, keys, config)
+    transition = jax.tree.map(lambda x: np.asarray(x[: len(seeds)]), toy_batch(trusted=np.ones(32)))
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    buffer = script.init_buffer(data, config)
+    return state, buffer, data, transition, script.compile_online(state, buffer, data, keys, config)
 
 
-@pytest.mark.parametrize("script", [ssar, ssar_cql])
-def test_a_step_changes_a_large_ring_in_place(script):
-    """No copy of the ring, however large, and none of its rows but one moves."""
-    config = frozen(script=script.__name__, online_steps=300_000, buffer_init="all")
-    transition = jax.tree.map(lambda x: np.asarray(x[:1]), toy_batch())
-    state, ring, data, programs = step_arguments(script, config, transition)
+@pytest.mark.parametrize(("script", "seeds"), [(ssar, 1), (ssar, 2), (ssar_cql, 2)])
+def test_a_large_buffer_stays_in_place(script, seeds):
+    """It is written where it lies, and nothing copies it, however large and for several seeds."""
+    config = frozen(
+        script=script.__name__, online_steps=300_000, buffer_init="all", num_seeds=seeds
+    )
+    state, buffer, data, transition, programs = step_arguments(script, config)
     _, collect, learn, totals = programs
-    learn = learn[True] if isinstance(learn, list) else learn
-    size = sum(x.nbytes for x in jax.tree.leaves(ring))
-    for program in (collect, learn):
-        memory = program.memory_analysis()
-        assert memory.alias_size_in_bytes >= size
-        assert memory.temp_size_in_bytes < size / 4
-    place = ring.rows.obs.unsafe_buffer_pointer()
-    ring = collect(ring, transition)
+    size = sum(x.nbytes for x in jax.tree.leaves(buffer.rows)) / seeds
+    assert collect.memory_analysis().alias_size_in_bytes >= size * seeds
+    kind = {"update_actor": True} if script is ssar else {}
+    update = script.online_step.lower(state, totals, buffer, data, config, **kind).compile()
+    for program in (collect, update):
+        assert program.memory_analysis().temp_size_in_bytes < size / 4
+    place = buffer.rows.obs.unsafe_buffer_pointer()
+    for _ in range(2):
+        buffer = collect(buffer, transition)
+    assert buffer.rows.obs.unsafe_buffer_pointer() == place
     before = state
-    state, ring, totals = learn(state, ring, totals, data, transition)
-    assert ring.rows.obs.unsafe_buffer_pointer() == place
-    assert before.critic is not state.critic
+    state, totals = learn(1, state, totals, buffer, data)
     assert all(x.is_deleted() for x in jax.tree.leaves(before.critic))
-    np.testing.assert_array_equal(ring.rows.obs[0, :2], np.repeat(transition.obs, 2, axis=0))
-    assert not np.asarray(ring.rows.obs[0, 2:]).any()
-    assert int(ring.added) == 2
-    assert {name: float(count) for name, (_, count) in totals.items()} == dict.fromkeys(totals, 1.0)
+    np.testing.assert_array_equal(
+        buffer.rows.obs[:, :2], np.repeat(transition.obs[:, None], 2, axis=1)
+    )
+    assert not np.asarray(buffer.rows.obs[:, 2:]).any()
+    assert int(buffer.added) == 2
+    assert state.online_step.tolist() == [1] * seeds
 
 
-def test_a_step_learns_from_what_it_has_just_stored():
-    """With nothing else to draw from, it is update_step on a batch of that one row."""
-    config = frozen(buffer_init="none", online_steps=4, policy_noise=0.0)
-    transition = jax.tree.map(lambda x: np.asarray(x[:1]), toy_batch(trusted=np.ones(32)))
-    state, ring, data, (_, _, learn, totals) = step_arguments(ssar, config, transition)
+def test_a_step_is_update_step_on_a_batch_of_what_is_stored():
+    """With nothing but one row to draw from, every batch is known."""
+    config = frozen(buffer_init="none", online_steps=4, policy_noise=0.0, new_policy_freq=3)
+    state, buffer, data, transition, (_, collect, learn, totals) = step_arguments(ssar, config)
+    buffer = collect(buffer, transition)
     batch = jax.tree.map(lambda x: jnp.repeat(x, config.batch_size, axis=0), transition)
     start = one(state)
     noise = ssar.sample_noise(jax.random.key(0), batch, config)
     expected, info = jax.jit(
         partial(ssar.update_step, config=config, update_actor=True, online=True)
     )(start, batch, noise)
-    state, ring, totals = learn[True](state, ring, totals, data, transition)
+    assert float(info["anneal"]) == pytest.approx(1 - 1 / config.decay_steps)  # N starts at 1
+    state, totals = learn(3, state, totals, buffer, data)
     learned = one(state)._replace(key=start.key)
     for a, b in zip(arrays(learned), arrays(expected._replace(key=start.key)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -280,11 +283,12 @@ def test_a_step_learns_from_what_it_has_just_stored():
         np.testing.assert_allclose(totals[name][0][0], info[name], rtol=1e-4, atol=1e-6)
     # Without its turn, the actor and all targets stand still, and their metrics count nothing.
     before = jax.tree.map(jnp.copy, state)
-    state, ring, totals = learn[False](state, ring, totals, data, transition)
+    for step in (4, 5):
+        state, totals = learn(step, state, totals, buffer, data)
     for still in ("actor", "target_actor", "target_critic"):
         assert same_bits(getattr(before, still), getattr(state, still))
     assert not same_bits(before.critic, state.critic)
-    assert (totals["critic_loss"][1], totals["actor_loss"][1]) == (2, 1)
+    assert (totals["critic_loss"][1], totals["actor_loss"][1]) == (3, 1)
 
 
 # ----------------------------------------------------------------------- whole runs
@@ -335,6 +339,7 @@ def offline(data, tmp_path_factory):
         ({"offline_checkpoint": "/no/run"}, "/no/run is no run's folder"),
         ({"hidden_dims": (8, 8)}, "other settings than hidden_dims=(8, 8) (there [16, 16])"),
         ({"seed": 4, "n_end": 5.0}, "other settings than n_end=5.0 (there 3.0), seed=4 (there 0)"),
+        ({"script": ssar_cql}, "is a run of another script, with expl_noise, exploration_noise, "),
         ({"dataset_path": "other"}, "was trained on other data"),
         ({"workdir": "same"}, "is the run of --config.offline_checkpoint: choose another folder"),
         ({"broken": True}, "has no usable checkpoint"),
@@ -361,27 +366,36 @@ def test_what_cannot_be_gone_on_from_is_refused(
         folder = shutil.copytree(offline, tmp_path / "unfinished")
         shutil.rmtree(folder / "checkpoint")
     settings = {"offline_checkpoint": str(folder), "offline_steps": 20, "online_steps": 40}
-    monkeypatch.setattr(ssar, "compile_online", lambda *_: pytest.fail("compiled"))
+    script = overrides.pop("script", ssar)
+    monkeypatch.setattr(script, "compile_online", lambda *_: pytest.fail("compiled"))
     before = sorted(os.listdir(offline))
     with pytest.raises(InputError) as error:
-        ssar.main(tiny_config(data, **(settings | overrides)), workdir)
+        script.main(tiny_config(data, script.__name__, **(settings | overrides)), workdir)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "online").exists()
     assert sorted(os.listdir(offline)) == before
 
 
-def settings_of(*arguments):
+def test_only_online_steps_need_fit_the_interval_of_an_online_run(offline, data):
+    config = tiny_config(data, offline_steps=20, online_steps=66, eval_interval=33)
+    with pytest.raises(InputError, match="eval_interval=33 must be a multiple of"):
+        check_config(config)
+    config.offline_checkpoint = offline
+    check_config(config)
+
+
+def settings_of(*arguments, script="ssar_td3bc"):
     """The settings that the command line makes of its arguments."""
     code = "import sys; from common.cli import run; "
-    code += "run(lambda config, workdir: print(config.to_json()), 'ssar_td3bc')"
+    code += f"run(lambda config, workdir: print(config.to_json()), '{script}')"
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_the_command_line_takes_the_settings_of_the_run_to_go_on_from(offline):
+def test_the_command_line_takes_the_settings_of_the_run_to_go_on_from(offline, tmp_path):
     flags = [f"--config.offline_checkpoint={offline}", "--config.online_steps=80"]
     with open(os.path.join(offline, "config.json")) as file:
         recorded = json.load(file)
@@ -389,6 +403,16 @@ def test_the_command_line_takes_the_settings_of_the_run_to_go_on_from(offline):
     given = {"offline_checkpoint": offline, "online_steps": 80}
     assert config == recorded | given
     assert config["task"] == "toy"
+    # A field of two names, given by either of them, is given.
+    folder = tmp_path / "cql"
+    folder.mkdir()
+    recorded = tiny_config(script="ssar_cql").to_dict() | {"clip_diff_min": None}
+    (folder / "config.json").write_text(json.dumps(recorded))
+    for name in ("cql_alpha", "coefficient_init"):
+        arguments = [f"--config.offline_checkpoint={folder}", f"--config.{name}=5.0"]
+        config = settings_of(*arguments, script="ssar_cql")
+        assert (config["cql_alpha"], config["coefficient_init"]) == (5.0, 5.0)
+        assert config["task"] == "toy"
     # Settings chosen by a file are left as they are, to be compared.
     config = settings_of("--config=configs/ssar_td3bc.py:hopper-medium-v2", *flags)
     assert config["task"] == "hopper-medium-v2"

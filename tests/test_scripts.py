@@ -15,7 +15,7 @@ DIFFERENT = set(
     """
     Noise TrainState actor critic critics init_pair critic_loss actor_loss log_likelihood_margin
     init_state sample_noise update_step train_interval act explore online_step compile_online
-    finetune load_data main
+    load_data main
 """.split()
 )
 
@@ -44,8 +44,9 @@ def test_repeated_definitions_are_identical():
     assert differing <= DIFFERENT
     assert len(set(shared) - DIFFERENT) >= 32
     for network in ("MLP", "coefficient", "coefficient_loss", "update_threshold", "select_trusted",
-                    "iql_step", "optimizers", "take", "descend", "Ring", "store", "draw",
-                    "offline_rows", "pretrain", "modify_reward"):  # fmt: skip
+                    "iql_step", "optimizers", "take", "descend", "ReplayBuffer", "store",
+                    "sample_batch", "offline_rows", "pretrain", "finetune",
+                    "modify_reward"):  # fmt: skip
         assert td3bc[network] == cql[network]
 
 
