@@ -99,7 +99,7 @@ def _usage(name) -> str:
         [
             sys.modules["__main__"].__doc__,
             f"--config=configs/{name}.py:<task>, first; tasks: {', '.join(module.TASKS)}",
-            f"--workdir=<folder>, by default runs/{name}/<task>/<seed>, or <seed>-online after a checkpoint",
+            f"--workdir=<folder>, by default runs/{name}/<task>/<seed>",
             "Fields, as the task demo sets them:",
             *fields,
         ]

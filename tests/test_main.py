@@ -240,15 +240,18 @@ def test_the_actor_moves_at_the_updates_it_should(run):
     assert steps(state.critic_opt) == [60 + 30] * 2
 
 
-def test_going_on_from_a_checkpoint_gives_the_same_bits_as_going_straight_on(run, tmp_path):
-    """And so does the same command, twice."""
-    offline, online = str(tmp_path / "offline"), str(tmp_path / "online")
-    results = run.script.main(run.config(online_steps=0), offline)
+def test_the_same_command_gives_the_same_bits(run, tmp_path):
+    results = run.script.main(run.config(online_steps=0), str(tmp_path))
     assert results["before_online"] is None
-    assert rows_of(offline) == rows_of(run.workdir)[:6]
-    before = checkpoint_of(offline, run)
-    assert same_bits(before, checkpoint_of(run.workdir, run, "offline_checkpoint"))
-    run.script.main(run.config(offline_checkpoint=offline), online)
+    assert rows_of(str(tmp_path)) == rows_of(run.workdir)[:6]
+    ended = checkpoint_of(str(tmp_path), run)
+    assert same_bits(ended, checkpoint_of(run.workdir, run, "offline_checkpoint"))
+
+
+def test_going_on_from_a_checkpoint_gives_the_same_bits_as_going_straight_on(run, tmp_path):
+    """What an offline run leaves and what was left at the switch are the same: see above."""
+    online = str(tmp_path / "online")
+    run.script.main(run.config(offline_checkpoint=run.workdir), online)
     assert rows_of(online) == rows_of(run.workdir)[6:]
     assert same_bits(checkpoint_of(online, run), checkpoint_of(run.workdir, run))
     with open(os.path.join(online, "episodes.csv")) as file:

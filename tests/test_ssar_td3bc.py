@@ -117,8 +117,9 @@ def test_coefficient_is_computed_once_for_both_its_uses(config):
 # ----------------------------------------------------------------------- who influences what
 
 
-def policy_update(config, batch, state, **changes):
-    return ssar.update_policy(state._replace(**changes), batch, config, online=False)
+@partial(jax.jit, static_argnames="config")
+def policy_update(config, batch, state):
+    return ssar.update_policy(state, batch, config, online=False)
 
 
 @pytest.mark.parametrize("loosen_bound", [True, False])
