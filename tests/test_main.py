@@ -27,6 +27,10 @@ def data(tmp_path_factory):
     return write_hdf5(tmp_path_factory.mktemp("data") / "toy.hdf5", **toy_columns())
 
 
+SMALL = "buffer_capacity=12 is less than a batch, so each stored row is drawn again and again; "
+SMALL += "raise it"
+
+
 class Run:
     """A finished run of two seeds, offline then online: script, folder and what main returned.
 
@@ -95,6 +99,7 @@ def test_run_folder_holds_what_was_promised(run):
                 "compile_seconds", "wall_seconds", "warnings", "device", "versions"):  # fmt: skip
         assert key in results
     assert results["data"]["transitions"] >= 600
+    assert results["warnings"] == ["small buffer: " + SMALL]  # and nothing else to warn of
     with open(os.path.join(workdir, "config.json")) as file:
         assert json.load(file)["update_period"] == 10
     with open(os.path.join(workdir, "learning_curve.png"), "rb") as file:
@@ -261,13 +266,12 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits_as_going_straight_on(run
 
 @pytest.mark.parametrize("run", [ssar], ids=["ssar_td3bc"], indirect=True)
 def test_another_seed_gives_another_run(run, data, tmp_path):
-    results = ssar.main(run.config(seed=1, num_seeds=1), str(tmp_path / "one"))
+    results = ssar.main(run.config(seed=1, num_seeds=1, online_steps=0), str(tmp_path / "one"))
     assert results["seeds"] == [1]
-    pair, single = rows_of(run.workdir)[1::2], rows_of(str(tmp_path / "one"))
+    pair, single = rows_of(run.workdir)[1:6:2], rows_of(str(tmp_path / "one"))
     for a, b in zip(pair, single, strict=True):  # seed 1 alone is seed 1 of the two
         assert float(a["score"]) == pytest.approx(float(b["score"]), rel=1e-3)
-        if a["critic_loss"]:
-            assert float(a["critic_loss"]) == pytest.approx(float(b["critic_loss"]), rel=1e-3)
+        assert float(a["critic_loss"]) == pytest.approx(float(b["critic_loss"]), rel=1e-3)
     assert rows_of(run.workdir)[0]["critic_loss"] != single[0]["critic_loss"]
 
 
@@ -329,7 +333,6 @@ def test_a_thin_sub_dataset_is_a_warning(data, tmp_path, capsys):
     assert capsys.readouterr().err.count("warning: thin sub-dataset") == 2  # before and after
     everything = ssar.main(tiny_config(data, return_threshold=-1e9), str(tmp_path / "all"))
     assert "selects nothing" in everything["warnings"][0]
-    assert ssar.main(tiny_config(data), str(tmp_path / "healthy"))["warnings"] == []
 
 
 @pytest.mark.parametrize(
