@@ -193,14 +193,7 @@ class RunLog:
             "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
             "versions": {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in PACKAGES},
-            "data": {
-                "name": self.config.dataset or self.config.dataset_path,
-                "source": os.path.basename(self.dataset.source),
-                "env": self.dataset.env.id,
-                "transitions": len(self.dataset.rewards),
-                "episodes": len(self.dataset.returns),
-                "fingerprint": self.data_fingerprint,
-            },
+            "data": self._data(),
         }
         results = finite(results)
         for writer in self.writers:
@@ -210,6 +203,16 @@ class RunLog:
         self._write_json("results.json", results)
         self._print_table(results)
         return results
+
+    def _data(self):
+        return {
+            "name": self.config.dataset or self.config.dataset_path,
+            "source": os.path.basename(self.dataset.source),
+            "env": self.dataset.env.id,
+            "transitions": len(self.dataset.rewards),
+            "episodes": len(self.dataset.returns),
+            "fingerprint": self.data_fingerprint,
+        }
 
     def warnings(self) -> list[str]:
         """Known signs of a run not to be trusted, in words."""
