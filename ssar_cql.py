@@ -80,15 +80,15 @@ from common.checkpoint import load_offline, save_checkpoint
 from common.checks import InputError, check_config, check_workdir
 from common.cli import run
 from common.dataset import (
+    Fingerprint,
     best_episodes,
     cached_labels,
     episode_lengths,
     episode_returns,
-    fingerprint,
     fit_normalizer,
-    load_dataset,
 )
 from common.evaluation import Collector, Evaluator
+from common.loading import load_dataset
 from common.report import RunLog, progress
 
 # ------------------------------------------------------------------------------- data structures
@@ -366,11 +366,19 @@ def iql_interval(state, data, config, num_updates):
 @jax.jit
 def select_by_advantage(state, data):
     """D̂ by IQL: rows with min(Q_1, Q_2)(s, a) >= V(s), not by the targets. bool [S, N]."""
+    num_rows = len(data.reward)
+    size = min(4096, num_rows)
+    starts = jnp.minimum(jnp.arange(0, num_rows, size), num_rows - size)  # the last overlaps
+    places = starts[:, None] + jnp.arange(size)
 
     def one_seed(state):
-        q = lambda t: critics(state.critic, t.obs, t.action).min(axis=0)
-        trusted = lambda t: q(t) >= forward(state.value, t.obs)[..., 0]
-        return jax.lax.map(trusted, data, batch_size=4096)
+        def trusted(start):
+            # Slices, where mapping over the data would copy them.
+            rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), data)
+            q = critics(state.critic, rows.obs, rows.action).min(axis=0)
+            return q >= forward(state.value, rows.obs)[..., 0]
+
+        return jnp.zeros(num_rows, bool).at[places].set(jax.lax.map(trusted, starts))
 
     return over_seeds(one_seed, state)
 
@@ -945,17 +953,22 @@ def modify_reward(reward, config):
 
 
 def load_data(dataset, config):
-    """The data set on the device, D̂ still unknown, and its observation normalizer."""
+    """The data set on the device, D̂ still unknown, its observation normalizer, its fingerprint.
+
+    Takes the columns out of `dataset`, one after the other, so that the data are held once.
+    """
     normalizer = fit_normalizer(dataset.observations, config.normalize_observations)
+    fingerprint = Fingerprint()
+    put = lambda column: jnp.asarray(fingerprint.add(column))
     data = Transition(
-        obs=normalizer(dataset.observations),
-        action=dataset.actions.clip(-1 + 1e-4, 1 - 1e-4),
-        reward=modify_reward(dataset.rewards, config),
-        next_obs=normalizer(dataset.next_observations),
-        terminated=dataset.terminals.astype(np.float32),
+        obs=put(normalizer.apply_to(dataset.take("observations"))),
+        action=put(dataset.take("actions").clip(-1 + 1e-4, 1 - 1e-4)),
+        reward=put(modify_reward(dataset.rewards, config)),
+        next_obs=put(normalizer.apply_to(dataset.take("next_observations"))),
+        terminated=put(dataset.terminals.astype(np.float32)),
         trusted=None,
     )
-    return jax.tree.map(jnp.asarray, data), normalizer
+    return data, normalizer, fingerprint.text()
 
 
 def main(config, workdir=None):
@@ -970,15 +983,23 @@ def main(config, workdir=None):
     workdir = workdir or f"runs/ssar_cql/{config.task}/{config.seed}{phase}"
     check_config(config)
     check_workdir(workdir, config.offline_checkpoint)
-    dataset = load_dataset(config.dataset, config.dataset_path, config.env)
+    dataset = load_dataset(
+        config.dataset,
+        config.dataset_path,
+        config.env,
+        rows=config.d4rl_rows,
+        physics=config.physics,
+        keys=config.observation_keys,
+        sparse=config.selection == "success",
+        cache_dir=config.cache_dir,
+    )
     evaluator = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
 
     # --- the data, and the part of it that β_φ may trust ---
-    data, normalizer = load_data(dataset, config)
+    data, normalizer, data_fingerprint = load_data(dataset, config)
     keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.num_seeds)])
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
     init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, action_dim, config)))
-    data_fingerprint = fingerprint(data)
     if config.offline_checkpoint:
         saved = load_offline(config, data_fingerprint, jax.eval_shape(init, keys))
         state, normalizer, trusted = saved

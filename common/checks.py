@@ -13,6 +13,8 @@ CHOICES = {
     "selection": ("none", "return", "success", "iql"),
     "anneal": ("linear", "cosine", "none"),
     "buffer_init": ("all", "half", "part", "none"),
+    "physics": (None, "d4rl", "stock"),
+    "d4rl_rows": ("all", "qlearning"),
 }
 AT_LEAST_ONE = """num_seeds eval_interval eval_episodes batch_size policy_freq new_policy_freq
     update_period iql_steps num_sampled_actions block_size buffer_capacity""".split()
@@ -62,7 +64,7 @@ def check_config(config) -> None:
 
     for field, known in CHOICES.items():
         if config[field] not in known:
-            refuse(field, f"is unknown: choose one of {', '.join(known)}")
+            refuse(field, f"is unknown: choose one of {', '.join(filter(None, known))}")
     for field in AT_LEAST_ONE:
         if field in config and config[field] is not None and config[field] < 1:
             refuse(field, "must be at least 1")

@@ -1,4 +1,8 @@
-"""The demo: Reacher episodes of scripted policies of mixed quality, as a real Minari data set."""
+"""The demos: Reacher episodes of scripted policies of mixed quality, as real Minari data sets.
+
+`demo` has Reacher's own rewards. In `demo-sparse`, as in AntMaze, only success counts: reward 1
+where the fingertip is within 5 cm of the target, which ends the episode, and else 0.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,13 @@ import gymnasium
 import minari
 import numpy as np
 
-DATASET_ID = "ssar-jax/reacher/mixed-v0"
-ENV_ID = "Reacher-v5"
 EPISODES = 600
+# Name: id of the data set, environment, returns between which scores are normalised.
+DEMOS = {
+    # Uniformly random torques, and where Gymnasium calls the task solved.
+    "demo": ("ssar-jax/reacher/mixed-v0", "Reacher-v5", (-43.0, -3.75)),
+    "demo-sparse": ("ssar-jax/reacher/sparse-v0", "ssar-jax/SparseReacher-v0", (0.0, 1.0)),
+}
 # Share of the episodes, gain towards the target, joint damping, torque noise. The first policy
 # knows its way, the second is timid, the third shaky, and the fourth pulls away.
 SKILLS = (
@@ -18,6 +26,22 @@ SKILLS = (
     (0.5, -3.0, 0.02, 0.3),
 )
 LINKS = (0.1, 0.11)  # metres
+
+
+class SparseReacher(gymnasium.Wrapper):
+    """Reacher with reward 1 and an end where the fingertip is within `radius` m of the target."""
+
+    def __init__(self, radius: float = 0.05, **kwargs):
+        super().__init__(gymnasium.make("Reacher-v5", max_episode_steps=-1, **kwargs))
+        self.radius = radius
+
+    def step(self, action):
+        observation, _, _, _, info = super().step(action)
+        reached = bool(np.linalg.norm(observation[8:10]) <= self.radius)
+        return observation, float(reached), reached, False, info | {"success": reached}
+
+
+gymnasium.register("ssar-jax/SparseReacher-v0", "common.demo:SparseReacher", max_episode_steps=50)
 
 
 def torque(observation: np.ndarray, gain: float, damping: float) -> np.ndarray:
@@ -45,25 +69,26 @@ def run_episode(env, rng, gain, damping, noise) -> float:
     return total
 
 
-def demo_dataset_id() -> str:
-    """The demo's id; on first use, records it into Minari's local root (MINARI_DATASETS_PATH)."""
-    if DATASET_ID in minari.list_local_datasets():
-        return DATASET_ID
+def demo_dataset_id(name: str) -> str:
+    """A demo's Minari id; on first use, records it into the local root (MINARI_DATASETS_PATH)."""
+    dataset_id, env_id, (low, high) = DEMOS[name]
+    if dataset_id in minari.list_local_datasets():
+        return dataset_id
     rng = np.random.default_rng(0)
-    env = minari.DataCollector(gymnasium.make(ENV_ID), record_infos=False)
+    env = minari.DataCollector(gymnasium.make(env_id), record_infos=False)
     skills = rng.choice(len(SKILLS), size=EPISODES, p=[share for share, *_ in SKILLS])
     for skill in skills:
         run_episode(env, rng, *SKILLS[skill][1:])
     env.create_dataset(
-        dataset_id=DATASET_ID,
+        dataset_id=dataset_id,
         algorithm_name="scripted Jacobian-transpose control, four skill levels",
-        description="Mixed-quality Reacher episodes for the default run.",
+        description="Mixed-quality Reacher episodes for the first runs.",
         author="ssar-jax",
         author_email="none",
         code_permalink="common/demo.py",
-        eval_env=ENV_ID,
-        ref_min_score=-43.0,  # uniformly random torques
-        ref_max_score=-3.75,  # where Gymnasium calls the task solved
+        eval_env=env_id,
+        ref_min_score=low,
+        ref_max_score=high,
     )
     env.close()
-    return DATASET_ID
+    return dataset_id

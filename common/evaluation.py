@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import NamedTuple
 
@@ -9,7 +10,13 @@ import gymnasium
 import numpy as np
 
 from common.checks import InputError
-from common.dataset import Dataset, flatten_observations, make_env
+from common.dataset import Dataset
+from common.environments import (
+    flatten_observations,
+    make_env,
+    observation_keys,
+    observation_width,
+)
 
 SEED_BLOCK = 100_000  # of every training seed: environments of two of them never share a seed
 
@@ -43,9 +50,10 @@ class Finished(NamedTuple):
     success: float  # NaN where the environment reports none
 
 
-def make_envs(dataset: Dataset, num_envs: int) -> gymnasium.vector.VectorEnv:
+def make_envs(dataset: Dataset, num_envs: int):
     """The data set's environment, `num_envs` times, each started again as soon as it has ended.
 
+    Returns it and the keys of its observations, None unless they are dictionaries.
     Raises InputError when it does not exist, or its spaces do not fit the data.
     """
     envs = make_env(
@@ -61,13 +69,19 @@ def make_envs(dataset: Dataset, num_envs: int) -> gymnasium.vector.VectorEnv:
             f"{dataset.env.id} takes actions of {action_space}, not a box in [-1, 1]: "
             "name an environment of continuous actions with --config.env=<id>"
         )
-    spaces = {"observations": envs.single_observation_space, "actions": action_space}
-    for key, space in spaces.items():
-        width, expected = getattr(dataset, key).shape[1], gymnasium.spaces.flatdim(space)
-        if width != expected:
+    space = envs.single_observation_space
+    keys = observation_keys(space, dataset.widths["observations"], dataset.observation_keys)
+    widths = {
+        "observations": observation_width(space, keys),
+        "actions": observation_width(action_space),
+    }
+    for key, width in widths.items():
+        if width != dataset.widths[key]:
+            joined = f" ({', '.join(keys)})" if keys and key == "observations" else ""
             raise InputError(
-                f"{dataset.source}: '{key}' has {width} dimensions but {dataset.env.id} has "
-                f"{expected}: name the data's own environment with --config.env=<id>"
+                f"{dataset.source}: '{key}' has {dataset.widths[key]} dimensions but "
+                f"{dataset.env.id} has {width}{joined}: name the data's own environment with "
+                f"--config.env=<id>{', or the keys with --config.observation_keys' if keys else ''}"
             )
     if not (np.all(action_space.low == -1) and np.all(action_space.high == 1)):
         low, high = action_space.low.min(), action_space.high.max()
@@ -75,7 +89,7 @@ def make_envs(dataset: Dataset, num_envs: int) -> gymnasium.vector.VectorEnv:
             f"{dataset.env.id} takes actions in [{low}, {high}] but policies act in [-1, 1]: "
             "wrap the environment in gymnasium.wrappers.RescaleAction"
         )
-    return envs
+    return envs, keys
 
 
 def record_success(success, infos, running, ended) -> None:
@@ -102,7 +116,10 @@ class Evaluator:
         self.reset_seeds = [
             SEED_BLOCK * (seed + i) + j for i in range(num_seeds) for j in range(episodes)
         ]
-        self.envs = make_envs(dataset, num_seeds * episodes)
+        self.envs, self.keys = make_envs(dataset, num_seeds * episodes)
+        if self.keys and self.keys != tuple(sorted(self.envs.single_observation_space)):
+            joined = ", ".join(self.keys)
+            print(f"observations of {dataset.env.id} are joined as {joined}", file=sys.stderr)
 
     def __call__(self, act, actor_params, normalizer) -> Episodes:
         """Runs act(actor_params, [S, E, O]) -> [S, E, A] until every slot has had one episode."""
@@ -111,7 +128,8 @@ class Evaluator:
         running = np.ones(slots, bool)
         observations, _ = self.envs.reset(seed=self.reset_seeds)
         while running.any():
-            batch = normalizer(flatten_observations(observations)).reshape(*self.shape, -1)
+            flat = flatten_observations(observations, self.keys)
+            batch = normalizer(flat).reshape(*self.shape, -1)
             actions = np.asarray(act(actor_params, batch)).reshape(slots, -1)
             observations, rewards, terminated, truncated, infos = self.envs.step(actions)
             returns += rewards * running
@@ -130,7 +148,7 @@ class Collector:
     """
 
     def __init__(self, dataset: Dataset, num_seeds: int, seed: int, normalizer):
-        self.envs = make_envs(dataset, num_seeds)
+        self.envs, self.keys = make_envs(dataset, num_seeds)
         self.normalizer = normalizer
         # The last seeds of the blocks that evaluations take the first of.
         self.reset_seeds = [SEED_BLOCK * (seed + i + 1) - 1 for i in range(num_seeds)]
@@ -167,7 +185,8 @@ class Collector:
         return Outcome(rewards.astype(np.float32), next_obs, terminated.astype(np.float32), obs)
 
     def _standardise(self, observations) -> np.ndarray:
-        return self.normalizer(flatten_observations(observations).astype(np.float32))
+        flat = flatten_observations(observations, self.keys)
+        return self.normalizer(flat.astype(np.float32))
 
 
 def _as_batch(observation):

@@ -209,6 +209,7 @@ class RunLog:
             "name": self.config.dataset or self.config.dataset_path,
             "source": os.path.basename(self.dataset.source),
             "env": self.dataset.env.id,
+            "physics": self.dataset.physics,
             "transitions": len(self.dataset.rewards),
             "episodes": len(self.dataset.returns),
             "fingerprint": self.data_fingerprint,

@@ -33,7 +33,13 @@ NEW_POLICY_FREQ = {
     "antmaze-large-play-v2": 100,
     "antmaze-large-diverse-v2": 100,
 }
-TASKS = ("demo", "custom", *MUJOCO, *ANTMAZE)  # custom: your own data, the paper's sizes
+TASKS = (
+    "demo",
+    "demo-sparse",
+    "custom",
+    *MUJOCO,
+    *ANTMAZE,
+)  # custom: your own data, the paper's sizes
 
 
 def defaults():
@@ -44,10 +50,13 @@ def defaults():
     c.task = "custom"
     c.seed = 0
     c.num_seeds = 1  # seeds seed, seed + 1, ... train together in one program
-    # demo | <D4RL task> | d4rl:<HDF5 file> | <local Minari id>
+    # demo | demo-sparse | <D4RL task> | d4rl:<HDF5 file> | <Minari id>
     c.dataset = config_dict.placeholder(str)
     c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
     c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one the data names
+    c.physics = config_dict.placeholder(str)  # d4rl | stock; by default d4rl for D4RL's tasks
+    c.observation_keys = ()  # of dictionary observations, in this order; by default all
+    c.d4rl_rows = "all"  # all | qlearning (as D4RL's qlearning_dataset drops some)
     c.normalize_observations = True
     c.reward_scale = 1.0
     c.reward_bias = 0.0
@@ -55,7 +64,7 @@ def defaults():
     c.online_steps = 0  # environment steps after them; the paper's are 250_000
     c.eval_interval = 5_000  # updates offline, environment steps online
     c.eval_episodes = 10
-    c.cache_dir = "~/.cache/ssar-jax"  # IQL labels
+    c.cache_dir = "~/.cache/ssar-jax"  # IQL labels, flat copies of Minari data
 
     # TD3+BC
     c.batch_size = 256
@@ -124,7 +133,11 @@ def get_config(task="demo"):
     else:
         c.offline_steps, c.eval_interval, c.eval_episodes = 20_000, 1_000, 20
         c.hidden_dims, c.coefficient_hidden_dims = (128, 128), (128, 128, 128)
-        c.selection, c.return_threshold = "return", -12.0
+        if task == "demo":
+            c.selection, c.return_threshold = "return", -12.0
+        else:
+            c.selection, c.loosen_bound, c.buffer_init = "success", False, "all"
+            c.n_end, c.reward_bias, c.eval_episodes = 5.0, -1.0, 50
         c.update_period, c.coefficient_lr = 1_000, 6e-6
         c.warmup_steps, c.decay_steps = 500, 20_000
     return c

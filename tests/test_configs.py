@@ -4,6 +4,7 @@ import ml_collections
 import pytest
 from toys import tiny_config
 
+from common import d4rl
 from common.checks import InputError, check_config
 from configs import ssar_cql, ssar_td3bc
 
@@ -114,7 +115,9 @@ def test_cql_alpha_is_the_initial_coefficient():
 
 @pytest.mark.parametrize("script", [ssar_td3bc, ssar_cql])
 def test_every_task_is_in_the_table(script):
-    assert set(script.TASKS) == {"demo", "custom", *(row[1] for row in ROWS if row[0] is script)}
+    assert set(script.TASKS) == {"demo", "demo-sparse", "custom"} | {
+        *(row[1] for row in ROWS if row[0] is script)
+    }
 
 
 def test_shared_settings_are_named_alike():
@@ -142,6 +145,8 @@ def test_unknown_task_names_the_known_ones():
         ),
         ({"selection": "best"}, "selection=best is unknown: choose one of none, return"),
         ({"anneal": "exp"}, "anneal=exp is unknown"),
+        ({"physics": "mujoco"}, "physics=mujoco is unknown: choose one of d4rl, stock"),
+        ({"d4rl_rows": "some"}, "d4rl_rows=some is unknown: choose one of all, qlearning"),
         ({"eval_interval": 7, "offline_steps": 70}, "eval_interval=7 must be a multiple of"),
         ({"offline_steps": 50}, "offline_steps=50 must be a multiple of --config.eval_interval=20"),
         ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),

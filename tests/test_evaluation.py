@@ -6,8 +6,9 @@ import pytest
 from toys import toy_columns, write_hdf5
 
 from common.checks import InputError
-from common.dataset import Normalizer, fit_normalizer, load_dataset
+from common.dataset import Normalizer, fit_normalizer
 from common.evaluation import Evaluator
+from common.loading import load_dataset
 
 IDENTITY = Normalizer(np.zeros(4, np.float32), np.ones(4, np.float32))
 

@@ -18,8 +18,9 @@ import ssar_cql
 import ssar_td3bc as ssar
 from common.checkpoint import load_checkpoint
 from common.checks import InputError
-from common.dataset import Normalizer, fit_normalizer, load_dataset
+from common.dataset import Normalizer, fit_normalizer
 from common.evaluation import Collector, Evaluator
+from common.loading import load_dataset
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +183,16 @@ def test_checkpoint_plays_as_the_run_did(run, data):
 def test_data_reach_the_device_as_recorded(data):
     """Time limits are no terminals, rewards scaled and shifted, all observations standardised."""
     columns = toy_columns()
-    dataset = load_dataset("toy", data, "ssar-test/Walk-v0")
-    config = ssar.ml_collections.FrozenConfigDict(tiny_config(reward_scale=10.0, reward_bias=-5.0))
-    transitions, normalizer = ssar.load_data(dataset, config)
+
+    def load(script=ssar, **overrides):
+        dataset = load_dataset("toy", data, "ssar-test/Walk-v0")
+        settings = tiny_config(reward_scale=10.0, reward_bias=-5.0, **overrides)
+        loaded = script.load_data(dataset, ssar.ml_collections.FrozenConfigDict(settings))
+        for column in ("observations", "actions", "next_observations"):
+            assert getattr(dataset, column) is None  # held once
+        return loaded
+
+    transitions, normalizer, fingerprint = load()
     assert columns["timeouts"].any()
     np.testing.assert_array_equal(transitions.terminated, columns["terminals"])
     np.testing.assert_array_equal(transitions.action, columns["actions"])
@@ -193,11 +201,13 @@ def test_data_reach_the_device_as_recorded(data):
     mean, std = obs.mean(axis=0), obs.std(axis=0) + 1e-3
     np.testing.assert_allclose(transitions.obs, (obs - mean) / std, atol=1e-5)
     np.testing.assert_allclose(transitions.next_obs, (next_obs - mean) / std, atol=1e-5)
-    clipped = ssar_cql.load_data(dataset, config)[0].action  # no action where tanh is ±1
+    np.testing.assert_array_equal(transitions.obs, normalizer(obs))  # as evaluation does it
+    clipped = load(ssar_cql)[0].action  # no action where tanh is ±1
     assert np.abs(columns["actions"]).max() == 1
     np.testing.assert_array_equal(clipped, columns["actions"].clip(-0.9999, 0.9999))
-    raw = ssar.ml_collections.FrozenConfigDict(tiny_config(normalize_observations=False))
-    np.testing.assert_array_equal(ssar.load_data(dataset, raw)[0].obs, obs)
+    raw = load(normalize_observations=False)
+    np.testing.assert_array_equal(raw[0].obs, obs)
+    assert fingerprint == load()[2] != raw[2]
 
 
 def test_evaluation_scores_the_policy_on_standardised_observations(data, tmp_path, monkeypatch):

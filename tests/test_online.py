@@ -1,5 +1,6 @@
 """From offline to online: environments, ring, batches, one step, and going on from a checkpoint."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -30,8 +31,9 @@ from toys import (
 import ssar_cql
 import ssar_td3bc as ssar
 from common.checks import InputError, check_config
-from common.dataset import Normalizer, load_dataset
+from common.dataset import Normalizer
 from common.evaluation import Collector, Evaluator
+from common.loading import load_dataset
 
 IDENTITY = Normalizer(np.zeros(OBS, np.float32), np.ones(OBS, np.float32))
 STARTS = ("all", "half", "part", "none")
@@ -54,7 +56,7 @@ def walk(data):
 def test_collected_rows_are_those_of_a_loop_by_hand(walk, env_id):
     """Successors are an episode's own, a time limit is no terminal, the next row starts anew."""
     spec = gymnasium.spec(env_id)
-    walk = walk.__class__(**{**walk.__dict__, "env": spec})
+    walk = dataclasses.replace(walk, env=spec)
     normalizer = Normalizer(np.full(OBS, 0.5, np.float32), np.full(OBS, 2, np.float32))
     envs = Collector(walk, num_seeds=2, seed=3, normalizer=normalizer)
     actions = np.random.default_rng(0).uniform(-1, 1, (60, 2, ACTION)).astype(np.float32)

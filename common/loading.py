@@ -1,0 +1,335 @@
+"""Data sets from D4RL's HDF5 files and from Minari, checked before they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+
+import h5py
+import minari
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+
+from common import d4rl
+from common.checks import InputError
+from common.dataset import Dataset, at_step_limit, find_episode_ends
+from common.environments import (
+    env_spec,
+    flatten_observations,
+    make_env,
+    observation_keys,
+    observation_width,
+)
+from common.physics import d4rl_physics, is_known
+
+NEEDED = ("observations", "actions", "rewards", "terminals")
+FLAGS = ("terminals", "timeouts")
+ONE_A_ROW = ("rewards", *FLAGS)
+
+
+def load_dataset(
+    name: str | None,
+    path: str | None = None,
+    env: str | None = None,
+    *,
+    rows: str = "all",
+    physics: str | None = None,
+    keys: tuple[str, ...] = (),
+    sparse: bool = False,
+    cache_dir: str = "~/.cache/ssar-jax",
+) -> Dataset:
+    """Loads `demo`, `demo-sparse`, a D4RL task, `d4rl:<HDF5 file>` or a Minari id.
+
+    path: the HDF5 file to read, whatever the name. env: the Gymnasium id, in place of what the name
+    or the data's metadata give; alone, without name and path, there are no transitions, for
+    training online. rows: `all`, every row whose successor is known, or `qlearning`, those that
+    D4RL's qlearning_dataset gives. physics: `d4rl` or `stock`; None is d4rl for D4RL's names. keys:
+    of dictionary observations, in this order; none of them for all. sparse: whether success, a
+    reward of 1, is what matters. cache_dir: where Minari's episodes are kept flat.
+    Raises InputError when the data cannot be used.
+    """
+    task = d4rl.find_task((name or path or "").removeprefix("d4rl:"))
+    if not (name or path or env):
+        raise InputError(
+            "no data set and no environment: give --config.dataset=<Minari id or D4RL task> or "
+            "=d4rl:<file>, or --config.env=<id>"
+        )
+    if env:
+        env_spec(env, name)  # a name that is unknown shows before a large file is read
+    if path or (name and name.startswith("d4rl:")):
+        dataset = _load_hdf5(path or name.removeprefix("d4rl:"), env, task, rows)
+    elif task:
+        dataset = _load_hdf5(d4rl.fetch(task), env, task, rows)
+    elif name:
+        dataset = _load_minari(_recorded(name), env, tuple(keys), rows, cache_dir)
+    else:
+        dataset = _no_data(env, keys)
+    dataset.observation_keys = tuple(keys)
+    if physics == "d4rl" or (physics is None and task and is_known(dataset.env)):
+        dataset.env, dataset.physics = d4rl_physics(dataset.env), "d4rl"
+    if sparse and len(dataset.rewards) and not (dataset.rewards == 1).any():
+        raise InputError(
+            f"{dataset.source}: no reward is 1, by which selection=success knows success (they lie "
+            f"between {dataset.rewards.min():g} and {dataset.rewards.max():g}): leave the rewards "
+            "as recorded, or choose another --config.selection"
+        )
+    return dataset
+
+
+def _recorded(name: str) -> str:
+    """The Minari id that a name stands for; records a demo when it is first asked for."""
+    if name in ("demo", "demo-sparse"):
+        from common.demo import demo_dataset_id
+
+        return demo_dataset_id(name)
+    return name
+
+
+# ------------------------------------------------------------------------------------------ HDF5
+
+
+def _load_hdf5(path: str, env: str | None, task: d4rl.Task | None, rows: str) -> Dataset:
+    path = os.path.expanduser(path)
+    with _open_hdf5(path) as file:
+        missing = [key for key in NEEDED if not isinstance(file.get(key), h5py.Dataset)]
+        if missing:
+            raise InputError(
+                f"{path} has no key '{missing[0]}', only {', '.join(sorted(file)) or 'nothing'}: "
+                "a D4RL file needs observations, actions, rewards and terminals"
+            )
+        columns = _read_columns(path, file, rows)
+        metadata = dict(file.attrs)
+    named = env or metadata.get("env_id") or (task.env_id if task else None)
+    spec = env_spec(named, path)
+    if spec.id == str(metadata.get("env_id", "")).rpartition(":")[2]:
+        spec.kwargs |= json.loads(metadata.get("env_kwargs", "{}"))
+    reference = _stored_reference(metadata) or (task.reference if task else None)
+    reference = reference or d4rl.reference_of(path) or d4rl.reference_of(spec.name)
+    return _from_columns(path, spec, reference, rows, columns)
+
+
+@contextlib.contextmanager
+def _open_hdf5(path):
+    if not os.path.isfile(path):
+        raise InputError(
+            f"no file {path}: give the data set's HDF5 file with --config.dataset_path=<file> "
+            "or --config.dataset=d4rl:<file>"
+        )
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except OSError as error:
+        raise InputError(
+            f"{path} is not a readable HDF5 file ({error}): download it again"
+        ) from None
+
+
+def _read_columns(source, stored, rows) -> dict[str, np.ndarray]:
+    """The columns that matter, checked, as float32 or bool; read without a copy in another type."""
+    optional = ("timeouts", "next_observations") if rows == "all" else ("timeouts",)
+    stored = {key: stored[key] for key in (*NEEDED, *optional) if key in stored}
+    _check_shapes(source, stored)
+    columns = {}
+    for key, column in stored.items():
+        values = column[()] if key in FLAGS else column.astype(np.float32)[()]
+        _check_finite(source, key, values)
+        values = values.reshape(-1) if key in ONE_A_ROW else values
+        columns[key] = values.astype(bool) if key in FLAGS else values
+    _check_actions(source, columns["actions"])
+    return columns
+
+
+def _check_shapes(source, columns) -> None:
+    observations = columns["observations"]
+    for key, column in columns.items():
+        axes, shape = (1 if key in ONE_A_ROW else 2), column.shape
+        if axes == 1 and shape[1:] == (1,):
+            shape = shape[:1]  # as D4RL reads it too
+        if len(shape) != axes or column.dtype.kind not in "biuf":
+            raise InputError(
+                f"{source}: '{key}' has type {column.dtype} and shape {column.shape}: it needs "
+                f"numbers, {'one a row' if axes == 1 else 'rows by dimensions'}"
+            )
+        if shape[0] != observations.shape[0]:
+            raise InputError(
+                f"{source}: '{key}' has {shape[0]} rows but 'observations' has "
+                f"{observations.shape[0]}: every key needs one row a transition"
+            )
+        if not column.size:
+            raise InputError(f"{source}: '{key}' is empty: the data needs at least one transition")
+        if key == "next_observations" and shape != observations.shape:
+            raise InputError(
+                f"{source}: 'next_observations' has shape {shape} but 'observations' "
+                f"{observations.shape}: they need the same dimensions"
+            )
+
+
+def _check_finite(source, key, column) -> None:
+    bad = ~np.isfinite(column.reshape(len(column), -1)).all(axis=1)
+    if bad.any():
+        raise InputError(
+            f"{source}: '{key}' is not finite at row {bad.argmax()} ({bad.sum()} such rows): "
+            "remove those episodes from the data"
+        )
+
+
+def _check_actions(source, actions) -> None:
+    outside = np.abs(actions).max(axis=1) > 1 + 1e-6
+    if outside.any():
+        row = outside.argmax()
+        raise InputError(
+            f"{source}: 'actions' reaches {np.abs(actions[row]).max():g} at row {row} "
+            f"({outside.sum()} rows outside [-1, 1]): rescale or clip the actions to [-1, 1]"
+        )
+
+
+def _from_columns(source, spec, reference, rows, columns) -> Dataset:
+    ends, keep = select_rows(columns, rows, spec.max_episode_steps)
+    if not keep.any():
+        raise InputError(f"{source} holds no transition whose successor is known: record episodes")
+    observations, next_observations = columns["observations"], columns.get("next_observations")
+    if not keep.all() or next_observations is None:
+        kept = np.flatnonzero(keep)
+        episode = np.cumsum(np.r_[0, ends[:-1]])[kept]
+        ends = np.r_[episode[1:] != episode[:-1], True]
+        next_observations = observations[np.minimum(kept + 1, len(keep) - 1)]
+        columns = {key: columns[key][kept] for key in NEEDED}
+    return Dataset(
+        **{key: columns[key] for key in NEEDED},
+        next_observations=next_observations,
+        episode_ends=ends,
+        env=spec,
+        reference=reference,
+        source=source,
+    )
+
+
+def select_rows(columns, rows: str, max_steps: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Where episodes end, and which rows are transitions: bool [N] each.
+
+    rows=all: all with their recorded successors; without those, where the next row is the
+    successor or the task ended. rows=qlearning: D4RL's qlearning_dataset, which takes the next row
+    in any case and drops the last row of all and those that end by time-out.
+    """
+    terminals, timeouts = columns["terminals"], columns.get("timeouts")
+    successors = columns.get("next_observations")
+    ends = find_episode_ends(columns["observations"], successors, terminals, timeouts, max_steps)
+    if rows == "qlearning":
+        cut = at_step_limit(terminals, max_steps) if timeouts is None else timeouts
+        return ends, ~cut & (np.arange(len(cut)) < len(cut) - 1)
+    return ends, np.ones_like(ends) if successors is not None else ~ends | terminals
+
+
+# ---------------------------------------------------------------------------------------- Minari
+
+
+def _load_minari(dataset_id, env, keys, rows, cache_dir) -> Dataset:
+    stored = _find_minari(dataset_id)
+    metadata = stored.storage.metadata
+    if env:
+        spec = env_spec(env, dataset_id)
+    elif metadata.get("eval_env_spec"):
+        spec = EnvSpec.from_json(metadata["eval_env_spec"])
+    else:
+        spec = stored.env_spec or env_spec(None, dataset_id)
+    reference = _stored_reference(metadata) or d4rl.reference_of(spec.name)
+    columns = _flat_columns(dataset_id, stored, keys, rows, cache_dir)
+    return _from_columns(dataset_id, spec, reference, rows, columns)
+
+
+def _find_minari(dataset_id):
+    """The data set, downloaded unless Minari has it."""
+    local_id = dataset_id.partition("://")[2].partition("/")[2] or dataset_id
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return minari.load_dataset(local_id, download=False)
+    try:
+        minari.download_dataset(dataset_id)
+        return minari.load_dataset(local_id, download=False)
+    except Exception as error:  # whatever Minari and the client of its remote raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"no Minari data set '{dataset_id}', neither local nor from its remote ({reason}): "
+            "`minari list local` and `minari list remote` show what there is; D4RL's own files are "
+            "named --config.dataset=d4rl:<file>"
+        ) from None
+
+
+def _flat_columns(source, stored, keys, rows, cache_dir) -> dict[str, np.ndarray]:
+    """All episodes as columns, from a flat copy in `cache_dir` where there is one, else made."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8)  # another one if its files change
+    for folder, _, names in sorted(os.walk(stored.storage.data_path)):
+        for name in sorted(names):
+            status = os.stat(os.path.join(folder, name))
+            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}".encode())
+    name = f"{stored.spec.dataset_id.replace('/', '-')}-{digest.hexdigest()}.hdf5"
+    path = os.path.join(os.path.expanduser(cache_dir), "minari", name)
+    with contextlib.suppress(OSError, KeyError), h5py.File(path) as file:
+        return _read_columns(source, file, rows)
+    columns = _join_episodes(stored, keys)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with h5py.File(f"{path}.{os.getpid()}", "w") as file:
+            for key, column in columns.items():
+                file[key] = column
+        os.replace(f"{path}.{os.getpid()}", path)
+    except OSError as error:
+        print(f"warning: no flat copy is kept in {cache_dir} ({error})", file=sys.stderr)
+    return _read_columns(source, columns, rows)
+
+
+def _join_episodes(stored, keys) -> dict[str, np.ndarray]:
+    """D4RL's columns of a Minari data set, with true successors."""
+    columns, start = {}, 0
+    for episode in stored.iterate_episodes():
+        observations = flatten_observations(episode.observations, keys)  # a row more than actions
+        parts = {
+            "observations": observations[:-1],
+            "next_observations": observations[1:],
+            "actions": episode.actions.reshape(len(episode.actions), -1),
+            "rewards": episode.rewards,
+            "terminals": episode.terminations,
+            # An episode cut short in the recording ends all the same.
+            "timeouts": np.r_[episode.truncations[:-1], not episode.terminations[-1]],
+        }
+        stop = start + len(episode.rewards)
+        for key, part in parts.items():
+            if key not in columns:
+                kind = bool if key in FLAGS else np.float32
+                columns[key] = np.empty((stored.total_steps, *part.shape[1:]), kind)
+            columns[key][start:stop] = part
+        start = stop
+    return columns
+
+
+# --------------------------------------------------------------------------------- neither of them
+
+
+def _stored_reference(metadata) -> tuple[float, float] | None:
+    """(random, expert) return from a file's own metadata."""
+    if metadata.get("ref_min_score") is None or metadata.get("ref_max_score") is None:
+        return None
+    return float(metadata["ref_min_score"]), float(metadata["ref_max_score"])
+
+
+def _no_data(env: str, keys) -> Dataset:
+    spec = env_spec(env, env)
+    made = make_env(spec)
+    joined = observation_keys(made.observation_space, 0, keys)
+    width = observation_width(made.observation_space, joined)
+    observations = np.zeros((0, width), np.float32)
+    actions = np.zeros((0, observation_width(made.action_space)), np.float32)
+    made.close()
+    return Dataset(
+        observations=observations,
+        actions=actions,
+        rewards=np.zeros(0, np.float32),
+        next_observations=observations,
+        terminals=np.zeros(0, bool),
+        episode_ends=np.zeros(0, bool),
+        env=spec,
+        reference=d4rl.reference_of(spec.name),
+        source=spec.id,
+    )
