@@ -112,9 +112,7 @@ def _matrix(quat) -> np.ndarray:
 class Replay(NamedTuple):
     """Rows replayed for one step: the largest error over the dimensions, of each row."""
 
-    observation: (
-        np.ndarray
-    )  # [K], before the step: not 0 where state and row do not belong together
+    observation: np.ndarray  # [K], before the step: 0 where state and row belong together
     next_observation: np.ndarray  # [K], after it
     reward: np.ndarray  # [K]
 
@@ -130,9 +128,7 @@ def replay(path: str, spec: EnvSpec, num_rows: int = 1000, seed: int = 0) -> Rep
     with h5py.File(path) as file:
         missing = [key for key in ("infos/qpos", "infos/qvel") if key not in file]
         if missing:
-            raise InputError(
-                f"{path} has no {missing[0]}: only files that record it can be replayed"
-            )
+            raise InputError(f"{path} has no {missing[0]}: give a file that records it")
         ends = file["terminals"][()].astype(bool)
         ends |= file["timeouts"][()].astype(bool) if "timeouts" in file else False
         rows = np.flatnonzero(~ends[:-1])
@@ -172,9 +168,7 @@ def main(arguments=None) -> None:
     try:
         spec = env_spec(given.env or (task.env_id if task else None), given.file)
         ways = {"d4rl": d4rl_physics(spec)} | ({"stock": spec} if spec.name in MODELS else {})
-        print(
-            f"{given.file}, {given.rows} rows, {spec.id}: error after one step, median and largest"
-        )
+        print(f"{given.rows} rows in {spec.id}, error after one step: median and largest")
         for name, way in ways.items():
             found = replay(given.file, way, given.rows)
             texts = [
