@@ -6,6 +6,8 @@ where the fingertip is within 5 cm of the target, which ends the episode, and el
 
 from __future__ import annotations
 
+import contextlib
+
 import gymnasium
 import minari
 import numpy as np
@@ -72,7 +74,8 @@ def run_episode(env, rng, gain, damping, noise) -> float:
 def demo_dataset_id(name: str) -> str:
     """A demo's Minari id; on first use, records it into the local root (MINARI_DATASETS_PATH)."""
     dataset_id, env_id, (low, high) = DEMOS[name]
-    if dataset_id in minari.list_local_datasets():
+    with contextlib.suppress(FileNotFoundError):
+        minari.load_dataset(dataset_id)
         return dataset_id
     rng = np.random.default_rng(0)
     env = minari.DataCollector(gymnasium.make(env_id), record_infos=False)

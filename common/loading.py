@@ -210,15 +210,18 @@ def _from_columns(source, spec, reference, rows, columns) -> Dataset:
 def select_rows(columns, rows: str, max_steps: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Where episodes end, and which rows are transitions: bool [N] each.
 
+    max_steps: the environment's time limit, which counts where no time-outs are recorded.
     rows=all: all with their recorded successors; without those, where the next row is the
     successor or the task ended. rows=qlearning: D4RL's qlearning_dataset, which takes the next row
     in any case and drops the last row of all and those that end by time-out.
     """
     terminals, timeouts = columns["terminals"], columns.get("timeouts")
     successors = columns.get("next_observations")
+    if timeouts is not None and timeouts.any():
+        max_steps = None  # recorded, perhaps under another limit than the environment's now
     ends = find_episode_ends(columns["observations"], successors, terminals, timeouts, max_steps)
     if rows == "qlearning":
-        cut = at_step_limit(terminals, max_steps) if timeouts is None else timeouts
+        cut = timeouts if timeouts is not None else at_step_limit(terminals, max_steps)
         return ends, ~cut & (np.arange(len(cut)) < len(cut) - 1)
     return ends, np.ones_like(ends) if successors is not None else ~ends | terminals
 

@@ -1,5 +1,9 @@
 """Loading, episodes, returns, normalisation, against golden numbers and slow references."""
 
+import os
+import shutil
+from unittest import mock
+
 import gymnasium
 import h5py
 import minari
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 from toys import frozen, toy_columns, write_hdf5
 
 import ssar_td3bc as ssar
+from common import loading
 from common.checks import InputError
 from common.dataset import (
     Dataset,
@@ -22,6 +27,7 @@ from common.dataset import (
     find_episode_ends,
     fit_normalizer,
 )
+from common.environments import observation_keys
 from common.evaluation import Evaluator
 from common.loading import load_dataset
 
@@ -197,6 +203,67 @@ def test_hdf5_without_timeouts_ends_episodes_at_the_step_limit(tmp_path):
     np.testing.assert_array_equal(next_steps[~data.terminals], steps[~data.terminals] + 1)
 
 
+def test_recorded_time_outs_count_for_more_than_the_step_limit(tmp_path):
+    """Demonstrations may be longer than the environment allows now."""
+    columns = toy_columns()
+    columns["timeouts"] = np.zeros_like(columns["timeouts"])
+    columns["terminals"] = np.zeros_like(columns["terminals"])
+    columns["next_observations"][:-1] = columns["observations"][1:]
+    columns["timeouts"][9::10] = True
+    data = load_dataset("toy", write_hdf5(tmp_path / "toy.hdf5", **columns), "ssar-test/Walk-v0")
+    assert data.env.max_episode_steps == 7
+    assert set(episode_lengths(data.episode_ends)[:-1]) == {10}
+
+
+def d4rl_loop(columns, max_steps):
+    """D4RL's qlearning_dataset by its description: row by row, without vectors."""
+    view, step = [], 0
+    for i in range(len(columns["rewards"]) - 1):
+        timeouts = columns.get("timeouts")
+        last = step == max_steps - 1 if timeouts is None else timeouts[i]
+        step += 1
+        if last or columns["terminals"][i]:
+            step = 0
+        if not last:
+            row = (columns["observations"][i], columns["actions"][i], columns["rewards"][i])
+            view.append((*row, columns["observations"][i + 1], columns["terminals"][i]))
+    return [np.array(column) for column in zip(*view, strict=True)]
+
+
+@pytest.mark.parametrize("stored", ["timeouts", "next_observations", "both", "neither"])
+def test_qlearning_rows_are_d4rls(tmp_path, stored):
+    columns = toy_columns(400)
+    for key in ("timeouts", "next_observations"):
+        if stored not in (key, "both"):
+            del columns[key]
+    if stored == "both":
+        columns["timeouts"][np.flatnonzero(columns["terminals"])[3]] = True  # ended by both
+    path = write_hdf5(tmp_path / "toy.hdf5", **columns)
+    data = load_dataset("toy", path, "ssar-test/Walk-v0", rows="qlearning")
+    expected = d4rl_loop(columns, max_steps=7)
+    names = ("observations", "actions", "rewards", "next_observations", "terminals")
+    for name, column in zip(names, expected, strict=True):
+        ours = getattr(data, name)
+        assert ours.dtype == column.dtype
+        np.testing.assert_array_equal(ours, column, err_msg=name)
+    # whose episodes are still whole: as many as were recorded, none across a reset
+    clock = data.observations[:, 2]
+    np.testing.assert_array_equal(data.episode_ends[:-1], np.diff(clock) < 1)
+
+
+def test_columns_of_other_types_and_shapes_are_read_as_d4rl_does(tmp_path):
+    """Doubles, integers for flags, and one column where a row of numbers is meant."""
+    columns = toy_columns(100)
+    expected = load_dataset("toy", write_hdf5(tmp_path / "a.hdf5", **columns), "ssar-test/Walk-v0")
+    columns = {key: column.astype(np.float64) for key, column in columns.items()}
+    columns["terminals"] = columns["terminals"].astype(np.uint8)[:, None]
+    columns["rewards"] = columns["rewards"][:, None]
+    data = load_dataset("toy", write_hdf5(tmp_path / "b.hdf5", **columns), "ssar-test/Walk-v0")
+    for name in ("observations", "actions", "rewards", "terminals", "episode_ends"):
+        assert getattr(data, name).dtype == getattr(expected, name).dtype
+        np.testing.assert_array_equal(getattr(data, name), getattr(expected, name))
+
+
 def test_metadata_of_the_file_name_environment_and_reference(tmp_path):
     path = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(60))
     with h5py.File(path, "a") as file:
@@ -287,17 +354,23 @@ def test_demo_is_a_real_minari_data_set():
     assert fingerprint(again.observations) == fingerprint(demo.observations)
 
 
-def test_dictionary_observations_are_flattened_as_the_evaluation_does():
-    env = minari.DataCollector(gymnasium.make("ssar-test/Goal-v0"))
-    for seed in range(4):
+def record_goals(name, env_id="ssar-test/Goal-v0", episodes=4, **metadata):
+    """A Minari data set of an environment with dictionary observations."""
+    env = minari.DataCollector(gymnasium.make(env_id))
+    for seed in range(episodes):
         env.reset(seed=seed)
         done = False
         while not done:
-            _, _, terminated, truncated, _ = env.step(np.zeros(2, np.float32))
+            _, _, terminated, truncated, _ = env.step(np.full(2, 0.1, np.float32))
             done = terminated or truncated
-    env.create_dataset("ssar-test/goal-v0", algorithm_name="none", author="t", author_email="t",
-                       code_permalink="t", eval_env="ssar-test/Goal-v0")  # fmt: skip
-    data = load_dataset("ssar-test/goal-v0")
+    env.create_dataset(name, algorithm_name="none", author="t", author_email="t",
+                       code_permalink="t", eval_env=env_id, description="t",
+                       **metadata)  # fmt: skip
+    return name
+
+
+def test_dictionary_observations_are_flattened_as_the_evaluation_does():
+    data = load_dataset(record_goals("ssar-test/goal-v0"))
     assert data.observations.shape[1] == 4
     assert data.terminals.sum() + (data.episode_ends & ~data.terminals).sum() == 4
     evaluator = Evaluator(data, num_seeds=1, episodes=1, seed=0)
@@ -308,6 +381,106 @@ def test_dictionary_observations_are_flattened_as_the_evaluation_does():
     length = episode_lengths(data.episode_ends)[0]
     np.testing.assert_array_equal(data.observations[:length, 0], np.arange(length))
     assert [float(obs[0, 0, 0]) for obs in seen] == list(range(len(seen)))
+
+
+def test_keys_of_observations_may_be_chosen():
+    data = load_dataset(record_goals("ssar-test/keys-v0"), keys=("position",))
+    every = load_dataset("ssar-test/keys-v0")
+    np.testing.assert_array_equal(data.observations, every.observations[:, 2:])
+    turned = load_dataset("ssar-test/keys-v0", keys=("position", "clock"))
+    np.testing.assert_array_equal(turned.observations, every.observations[:, [2, 3, 0, 1]])
+    seen = []
+    act = lambda params, obs: seen.append(obs) or np.zeros((1, 1, 2), np.float32)
+    identity = fit_normalizer(turned.observations, enabled=False)
+    Evaluator(turned, num_seeds=1, episodes=1, seed=0)(act, None, identity)
+    assert [float(obs[0, 0, 2]) for obs in seen] == list(range(len(seen)))
+    data.observation_keys = ("place",)
+    with pytest.raises(InputError, match="names 'place', .*: choose from clock, position"):
+        Evaluator(data, num_seeds=1, episodes=1, seed=0)
+    data.observation_keys = ("position", "clock")
+    with pytest.raises(InputError, match="2 dimensions but ssar-test/Goal-v0 has 4 .position, clo"):
+        Evaluator(data, num_seeds=1, episodes=1, seed=0)
+
+
+def test_goal_environments_are_joined_as_their_data():
+    """Where not all keys fit: what goal data hold mostly, and what AntMaze's do."""
+    box = lambda width: gymnasium.spaces.Box(-1, 1, (width,))
+    space = gymnasium.spaces.Dict(achieved_goal=box(2), desired_goal=box(2), observation=box(5))
+    everything = ("achieved_goal", "desired_goal", "observation")
+    for width, keys in ((9, everything), (7, ("observation", "desired_goal")), (3, everything)):
+        assert observation_keys(space, width) == keys
+    space["desired_goal"] = box(3)
+    assert observation_keys(space, 7) == ("achieved_goal", "observation")
+    assert observation_keys(box(4), 4) is None
+
+
+def test_minari_episodes_are_kept_flat(tmp_path, monkeypatch, capsys):
+    """So that they are read one by one once alone, until the data change."""
+    name, cache = record_goals("ssar-test/flat-v0"), {"cache_dir": str(tmp_path / "cache")}
+    joined = mock.Mock(side_effect=loading._join_episodes)
+    monkeypatch.setattr(loading, "_join_episodes", joined)
+    first = load_dataset(name, **cache)
+    second = load_dataset(name, **cache)
+    assert joined.call_count == 1
+    for column in ("observations", "actions", "rewards", "next_observations", "terminals"):
+        np.testing.assert_array_equal(getattr(first, column), getattr(second, column))
+    np.testing.assert_array_equal(first.episode_ends, second.episode_ends)
+    load_dataset(name, keys=("clock",), **cache)
+    assert joined.call_count == 2
+    for flat in (tmp_path / "cache" / "minari").iterdir():
+        flat.write_bytes(flat.read_bytes()[:100])
+    load_dataset(name, **cache)  # damaged: made again
+    assert joined.call_count == 3
+    shutil.rmtree(os.path.join(os.environ["MINARI_DATASETS_PATH"], name))
+    longer = load_dataset(record_goals(name, episodes=6), **cache)
+    assert joined.call_count == 4
+    assert len(longer.returns) == 6
+    (tmp_path / "file").write_text("")
+    load_dataset(name, cache_dir=str(tmp_path / "file"))
+    assert "warning: no flat copy is kept in" in capsys.readouterr().err
+
+
+def test_minari_sets_are_downloaded_when_asked_for(monkeypatch, tmp_path):
+    """By their id, or by a remote's address."""
+    name = record_goals("ssar-test/remote-v0")
+    home = os.path.join(os.environ["MINARI_DATASETS_PATH"], name)
+    shutil.move(home, tmp_path / "remote")
+    asked = []
+
+    def download(dataset_id):
+        asked.append(dataset_id)
+        shutil.copytree(tmp_path / "remote", home)
+
+    monkeypatch.setattr(minari, "download_dataset", download)
+    for address in (name, name, f"hf://somewhere/{name}"):
+        assert len(load_dataset(address).returns) == 4
+    assert asked == [name]
+    shutil.rmtree(home)
+    assert len(load_dataset(f"hf://somewhere/{name}").returns) == 4
+    assert asked == [name, f"hf://somewhere/{name}"]
+
+
+def test_scores_are_on_d4rls_scale_where_minari_has_references():
+    """100 is the reference's best return, not 1; raw returns where there is none."""
+    record_goals("ssar-test/scored-v0", ref_min_score=-20.0, ref_max_score=-10.0)
+    scored = load_dataset("ssar-test/scored-v0")
+    assert scored.score(-15.0) == pytest.approx(50)
+    stored = minari.load_dataset("ssar-test/scored-v0")
+    assert scored.score(-12.0) == pytest.approx(100 * minari.get_normalized_score(stored, -12.0))
+    raw = load_dataset(record_goals("ssar-test/raw-v0"))
+    assert raw.reference is None
+    assert raw.score(-15.0) == -15.0
+
+
+def test_the_sparse_demo_rewards_success_alone():
+    demo = load_dataset("demo-sparse", sparse=True)
+    assert demo.observations.shape[1] == 10
+    assert set(np.unique(demo.rewards)) == {0, 1}
+    np.testing.assert_array_equal(demo.rewards == 1, demo.terminals)
+    assert 20 < demo.score(demo.returns).mean() < 40
+    lengths = episode_lengths(demo.episode_ends)
+    assert (lengths[demo.returns == 0] == 50).all()
+    assert demo.env.id == "ssar-jax/SparseReacher-v0"
 
 
 # ----------------------------------------------------------------------- what cannot be used
@@ -373,7 +546,8 @@ def test_bad_columns_are_named(tmp_path, name, words):
         assert word in message
 
 
-def test_bad_sources_are_named(tmp_path):
+def test_bad_sources_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(minari, "download_dataset", mock.Mock(side_effect=OSError("no route")))
     text = tmp_path / "page.hdf5"
     text.write_text("<html>")
     good = write_hdf5(tmp_path / "good.hdf5", **toy_columns(60))
@@ -386,10 +560,10 @@ def test_bad_sources_are_named(tmp_path):
             ("toy", good, "no_module:Walk-v0"),
             ["unknown environment 'no_module:Walk-v0'", "<module>"],
         ),
-        (("mujoco/none-v0",), ["no local Minari data set 'mujoco/none-v0'", "minari download"]),
-        (("hopper-medium-v2",), ["hopper-medium-v2 is a D4RL task", "--config.dataset_path="]),
+        (("mujoco/none-v0",), ["no Minari data set 'mujoco/none-v0'", "(no route)", "minari list"]),
+        (("hopper-medium-v0",), ["hopper-medium-v0 is not version 2", "use hopper-medium-v2"]),
         ((None,), ["no data set", "--config.dataset="]),
-        (("not an id",), ["no local Minari data set 'not an id'"]),
+        (("not an id",), ["no Minari data set 'not an id'"]),
     ]
     for arguments, words in cases:
         with pytest.raises(InputError) as error:
