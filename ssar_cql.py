@@ -959,7 +959,7 @@ def load_data(dataset, config):
     """
     normalizer = fit_normalizer(dataset.observations, config.normalize_observations)
     fingerprint = Fingerprint()
-    put = lambda column: jnp.asarray(fingerprint.add(column))
+    put = lambda column: jax.device_put(fingerprint.add(column))
     data = Transition(
         obs=put(normalizer.apply_to(dataset.take("observations"))),
         action=put(dataset.take("actions").clip(-1 + 1e-4, 1 - 1e-4)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 
@@ -248,13 +249,14 @@ def _find_minari(dataset_id):
     local_id = dataset_id.partition("://")[2].partition("/")[2] or dataset_id
     with contextlib.suppress(FileNotFoundError, ValueError):
         return minari.load_dataset(local_id, download=False)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, line by line
     try:
         minari.download_dataset(dataset_id)
         return minari.load_dataset(local_id, download=False)
     except Exception as error:  # whatever Minari and the client of its remote raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"no Minari data set '{dataset_id}', neither local nor from its remote ({reason}): "
+            f"no Minari data set '{dataset_id}', neither here nor from its remote ({reason}): "
             "`minari list local` and `minari list remote` show what there is; D4RL's own files are "
             "named --config.dataset=d4rl:<file>"
         ) from None

@@ -56,6 +56,7 @@ class RunLog:
             tensorboardX.SummaryWriter(os.path.join(self.workdir, "tensorboard", f"seed_{seed}"))
             for seed in self.seeds
         ]
+        self._print_data()
         self._print_warnings()  # of the data: before the run, not after it
 
     @contextlib.contextmanager
@@ -221,7 +222,8 @@ class RunLog:
         if self.trusted_fraction.min() < 0.01:
             found.append(
                 f"thin sub-dataset: only {self.trusted_fraction.min():.2%} of the data is trusted, "
-                "so the coefficient sees few states; lower return_threshold or select by iql"
+                "so the coefficient sees few states and the score may stay near zero for want of "
+                "coverage; lower return_threshold or select by iql"
             )
         selected = self.config.selection != "none" and self.config.coefficient == "adaptive"
         if selected and self.config.offline_steps and self.trusted_fraction.min() == 1:
@@ -289,6 +291,16 @@ class RunLog:
             )
         print(f"{', '.join(speeds)}, {results['wall_seconds']:.0f} s in all -> {self.workdir}")
         self._print_warnings()
+
+    def _print_data(self):
+        dataset, scores = self.dataset, "scores are normalised"
+        if dataset.reference is None:
+            scores = "scores are raw returns, for there are no reference scores"
+        print(
+            f"{os.path.basename(dataset.source)}: {len(dataset.rewards):,} transitions in "
+            f"{len(dataset.returns):,} episodes; evaluated in {dataset.env.id} with "
+            f"{dataset.physics} physics; {scores}"
+        )
 
     def _print_warnings(self):
         for warning in self.warnings():
