@@ -58,8 +58,7 @@ step that ends the task at the time limit is a terminal; stored rows never overw
 every row stored online is trusted; evaluation has environments of its own.
 
     python ssar_cql.py
-    python ssar_cql.py --config=configs/ssar_cql.py:hopper-medium-v2 \
-        --config.dataset_path=hopper_medium-v2.hdf5 --config.num_seeds=5
+    python ssar_cql.py --config=configs/ssar_cql.py:hopper-medium-v2 --config.num_seeds=5
     python ssar_cql.py --config.offline_checkpoint=runs/ssar_cql/hopper-medium-v2/0 \
         --config.online_steps=250000
 """
@@ -989,7 +988,7 @@ def main(config, workdir=None):
         config.env,
         rows=config.d4rl_rows,
         physics=config.physics,
-        keys=config.observation_keys,
+        keys=tuple(filter(None, config.observation_keys.split(","))),
         sparse=config.selection == "success",
         cache_dir=config.cache_dir,
     )

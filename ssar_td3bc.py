@@ -45,8 +45,7 @@ the task at the time limit is a terminal; stored rows never overwrite offline on
 online is trusted; evaluation has environments of its own.
 
     python ssar_td3bc.py
-    python ssar_td3bc.py --config=configs/ssar_td3bc.py:hopper-medium-v2 \
-        --config.dataset_path=hopper_medium-v2.hdf5 --config.num_seeds=5
+    python ssar_td3bc.py --config=configs/ssar_td3bc.py:hopper-medium-v2 --config.num_seeds=5
     python ssar_td3bc.py --config.offline_checkpoint=runs/ssar_td3bc/hopper-medium-v2/0 \
         --config.online_steps=250000
 """
@@ -799,7 +798,7 @@ def main(config, workdir=None):
         config.env,
         rows=config.d4rl_rows,
         physics=config.physics,
-        keys=config.observation_keys,
+        keys=tuple(filter(None, config.observation_keys.split(","))),
         sparse=config.selection == "success",
         cache_dir=config.cache_dir,
     )

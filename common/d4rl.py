@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import NamedTuple
 
 from common.checks import InputError
@@ -57,24 +58,29 @@ TASKS = {task.name: task for task in _tasks()}
 FILES = {task.file: task for task in TASKS.values()}
 
 
-def find_task(name: str) -> Task | None:
-    """The data set of D4RL that `name` is, or None; its name, or its file's, with or without path.
-
-    Raises InputError for another version of one.
-    """
-    found = TASKS.get(name) or FILES.get(os.path.basename(name))
-    stem, _, version = name.rpartition("-")
-    if found is None and f"{stem}-v2" in TASKS and version.startswith("v"):
-        raise InputError(f"{name} is not version 2 of D4RL's data: use {stem}-v2")
-    return found
+def find_task(name: str | None) -> Task | None:
+    """The data set of D4RL that `name` is: its own name, or its file's, with or without path."""
+    return TASKS.get(name) or FILES.get(os.path.basename(name or ""))
 
 
-def reference_of(env_id_or_file: str) -> tuple[float, float] | None:
-    """D4RL's (random, expert) return of the robot or maze that a name begins with, if any."""
-    name = os.path.basename(env_id_or_file).lower().replace("_", "").replace("-", "")
-    references = {robot: reference for robot, (_, reference) in ROBOTS.items()}
-    references["antmaze"] = (0.0, 1.0)
-    return next((r for robot, r in references.items() if name.startswith(robot)), None)
+def check_version(name: str) -> None:
+    """Raises InputError for another version of one of D4RL's data sets than 2."""
+    stem = name.rpartition("-v")[0]
+    if f"{stem}-v2" in TASKS and name not in TASKS:
+        raise InputError(
+            f"{name} is not version 2 of D4RL's data: use {stem}-v2, or give its file with "
+            "--config.dataset_path=<file>"
+        )
+
+
+def reference_of(name: str) -> tuple[float, float] | None:
+    """D4RL's (random, expert) return of the robot, or AntMaze, whose name begins that of a file or
+    environment."""
+    name = os.path.basename(name).lower()
+    if name.startswith(("antmaze-", "ant_maze_")):
+        return (0.0, 1.0)
+    _, reference = ROBOTS.get(re.split("[-_.]", name)[0], (None, None))
+    return reference
 
 
 def fetch(task: Task) -> str:

@@ -52,7 +52,7 @@ def load_dataset(
     reward of 1, is what matters. cache_dir: where Minari's episodes are kept flat.
     Raises InputError when the data cannot be used.
     """
-    task = d4rl.find_task((name or path or "").removeprefix("d4rl:"))
+    task = d4rl.find_task((name or "").removeprefix("d4rl:")) or d4rl.find_task(path)
     if not (name or path or env):
         raise InputError(
             "no data set and no environment: give --config.dataset=<Minari id or D4RL task> or "
@@ -65,6 +65,7 @@ def load_dataset(
     elif task:
         dataset = _load_hdf5(d4rl.fetch(task), env, task, rows)
     elif name:
+        d4rl.check_version(name)
         dataset = _load_minari(_recorded(name), env, tuple(keys), rows, cache_dir)
     else:
         dataset = _no_data(env, keys)
@@ -274,6 +275,7 @@ def _flat_columns(source, stored, keys, rows, cache_dir) -> dict[str, np.ndarray
     with contextlib.suppress(OSError, KeyError), h5py.File(path) as file:
         return _read_columns(source, file, rows)
     columns = _join_episodes(stored, keys)
+    _check_shapes(source, columns)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with h5py.File(f"{path}.{os.getpid()}", "w") as file:
@@ -309,7 +311,7 @@ def _join_episodes(stored, keys) -> dict[str, np.ndarray]:
     return columns
 
 
-# --------------------------------------------------------------------------------- neither of them
+# --------------------------------------------------------------------------------- without a file
 
 
 def _stored_reference(metadata) -> tuple[float, float] | None:

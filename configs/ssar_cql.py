@@ -49,7 +49,7 @@ def defaults():
     c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
     c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one the data names
     c.physics = config_dict.placeholder(str)  # d4rl | stock; by default d4rl for D4RL's tasks
-    c.observation_keys = ()  # of dictionary observations, in this order; by default all
+    c.observation_keys = ""  # of dictionary observations, such as observation,desired_goal
     c.d4rl_rows = "all"  # all | qlearning (as D4RL's qlearning_dataset drops some)
     c.normalize_observations = True
     c.reward_scale = 1.0

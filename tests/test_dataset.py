@@ -17,6 +17,7 @@ from toys import frozen, toy_columns, write_hdf5
 import ssar_td3bc as ssar
 from common import loading
 from common.checks import InputError
+from common.d4rl import reference_of
 from common.dataset import (
     Dataset,
     Fingerprint,
@@ -299,6 +300,16 @@ def fingerprint(*arrays):
     for array in arrays:
         assert made.add(array) is array
     return made.text()
+
+
+def test_references_are_by_the_robots_whole_name():
+    hopper = (-20.272305, 3234.3)
+    for name in ("Hopper", "hopper_own.hdf5", "/data/hopper-x-v0.hdf5"):
+        assert reference_of(name) == hopper
+    for name in ("AntMaze-umaze", "Ant_maze_old.hdf5"):
+        assert reference_of(name) == (0, 1)
+    for name in ("Hopperlike", "AntMaze_UMazeDense", "Ant", "mine.hdf5"):
+        assert reference_of(name) is None
 
 
 def test_fingerprint_sees_every_bit():

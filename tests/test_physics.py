@@ -98,7 +98,6 @@ def test_what_bodies_touch_with_is_left_alone(name):
 
 def test_who_gets_which_physics(tmp_path):
     columns = toy_columns(60)
-    columns["observations"] = columns["next_observations"] = np.zeros((60 + 4, 11), np.float32)
     rows = len(columns["rewards"])
     for key in ("observations", "next_observations"):
         columns[key] = np.zeros((rows, 11), np.float32)
@@ -115,6 +114,8 @@ def test_who_gets_which_physics(tmp_path):
     assert physics_of("hopper-medium-v2", own) == "d4rl"
     assert physics_of("d4rl:" + official) == "d4rl"
     assert physics_of(None, official) == "d4rl"
+    assert physics_of("some name", official) == "d4rl"
+    assert physics_of("hopper-medium-v0", own, "Hopper-v4") == "stock"
     assert physics_of("hopper-medium-v2", own, "Hopper-v5") == "d4rl"
     assert physics_of("hopper-medium-v2", own, physics="stock") == "stock"
     assert physics_of("d4rl:" + own, env="Hopper-v4") == "stock"
