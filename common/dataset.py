@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-CHUNK = 65_536  # rows worked on at once: what is computed needs no copy of a column
+CHUNK = 16_384  # rows worked on at once: what is computed needs no copy of a column
 
 
 @dataclass

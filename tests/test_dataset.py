@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tracemalloc
 from unittest import mock
 
 import gymnasium
@@ -202,6 +203,36 @@ def test_hdf5_without_timeouts_ends_episodes_at_the_step_limit(tmp_path):
     np.testing.assert_array_equal(data.observations, columns["observations"][kept])
     steps, next_steps = data.observations[:, 2], data.next_observations[:, 2]
     np.testing.assert_array_equal(next_steps[~data.terminals], steps[~data.terminals] + 1)
+
+
+@pytest.mark.parametrize("successors", [True, False])
+def test_loading_copies_no_large_column(tmp_path, successors):
+    """The peak of what NumPy allocates, against the size of what is loaded."""
+    rows, rng = 200_000, np.random.default_rng(0)
+    columns = {
+        "observations": rng.standard_normal((rows, 29)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (rows, 8)).astype(np.float32),
+        "rewards": np.zeros(rows, np.float32),
+        "terminals": np.zeros(rows, bool),
+        "timeouts": np.arange(rows) % 100 == 99,
+    }
+    if successors:
+        columns["next_observations"] = columns["observations"]
+    path = write_hdf5(tmp_path / "large.hdf5", **columns)
+    del columns
+    config = frozen()
+    tracemalloc.start()
+    data = load_dataset("large", path, "ssar-test/Walk-v0")
+    observations, following = data.observations, data.next_observations
+    size = sum(x.nbytes for x in (observations, following, data.actions, data.rewards))
+    assert tracemalloc.get_traced_memory()[1] < 1.7 * size
+    tracemalloc.reset_peak()
+    loaded, _, _ = ssar.load_data(data, config)
+    assert tracemalloc.get_traced_memory()[1] < 1.2 * size
+    tracemalloc.stop()
+    # standardised where they lay
+    np.testing.assert_array_equal(observations, loaded.obs)
+    np.testing.assert_array_equal(following, loaded.next_obs)
 
 
 def test_recorded_time_outs_count_for_more_than_the_step_limit(tmp_path):
