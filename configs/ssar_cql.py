@@ -140,7 +140,8 @@ def get_config(task="demo"):
             c.selection, c.return_threshold = "return", -12.0
         else:
             c.selection, c.loosen_bound, c.buffer_init = "success", False, "all"
-            c.n_end, c.reward_bias, c.eval_episodes = 5.0, -1.0, 50
+            c.n_end, c.eval_episodes = 5.0, 50
+            c.reward_scale, c.reward_bias, c.coefficient_init = 10.0, -5.0, 5.0
         c.update_period, c.coefficient_lr = 500, 2e-6
         c.warmup_steps, c.decay_steps = 500, 10_000
     return c
