@@ -798,7 +798,7 @@ def main(config, workdir=None):
         config.env,
         rows=config.d4rl_rows,
         physics=config.physics,
-        keys=tuple(filter(None, config.observation_keys.split(","))),
+        keys=config.observation_keys.replace(",", " ").split(),
         sparse=config.selection == "success",
         cache_dir=config.cache_dir,
     )

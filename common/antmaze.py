@@ -107,6 +107,7 @@ class AntMaze(MujocoEnv):
         # D4RL draws the goal towards positive x and y from its cell's centre, twice.
         self.goal = self.goal_cell + noise.uniform(0, 1, 2) + noise.uniform(0, 0.5, 2)
         qpos = self.init_qpos + noise.uniform(-0.1, 0.1, self.model.nq)
+        mujoco.mj_normalizeQuat(self.model, qpos)  # as older builds did of themselves
         qvel = self.init_qvel + 0.1 * noise.standard_normal(self.model.nv)
         self.set_state(qpos, qvel)
         return self._get_obs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from typing import NamedTuple
@@ -58,19 +59,25 @@ TASKS = {task.name: task for task in _tasks()}
 FILES = {task.file: task for task in TASKS.values()}
 
 
-def find_task(name: str | None) -> Task | None:
-    """The data set of D4RL that `name` is: its own name, or its file's, with or without path."""
-    return TASKS.get(name) or FILES.get(os.path.basename(name or ""))
+def find_task(name: str, file: str | None) -> Task | None:
+    """The data set of D4RL that is meant: by its name, or by how D4RL calls the file.
 
-
-def check_version(name: str) -> None:
-    """Raises InputError for another version of one of D4RL's data sets than 2."""
-    stem = name.rpartition("-v")[0]
-    if f"{stem}-v2" in TASKS and name not in TASKS:
+    Raises InputError when the two are different ones.
+    """
+    named, filed = TASKS.get(name), FILES.get(os.path.basename(file or ""))
+    if named and filed and named != filed:
         raise InputError(
-            f"{name} is not version 2 of D4RL's data: use {stem}-v2, or give its file with "
-            "--config.dataset_path=<file>"
+            f"{file} is called as the file of {filed.name}, not of {named.name}: give that task's "
+            "with --config.dataset_path=<file>, or choose the task that the file is of"
         )
+    return named or filed
+
+
+def suggest(name: str) -> str:
+    """A task that `name` may be meant for, as a sentence's end; empty if there is none."""
+    stem = name.rpartition("-v")[0] or name
+    close = [] if "/" in name else difflib.get_close_matches(f"{stem}-v2", TASKS, 1, 0.8)
+    return f"; D4RL's is called {close[0]}" if close else ""
 
 
 def reference_of(name: str) -> tuple[float, float] | None:

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -81,7 +82,7 @@ def verify(path: str) -> None:
     try:
         with open(f"{path}.sha256") as file:
             recorded = file.read().split()[0]
-    except (OSError, IndexError):
+    except (OSError, ValueError, IndexError):
         return
     if _sha256(path) != recorded:
         raise InputError(
@@ -108,19 +109,20 @@ def _fetch(source, part, name, timeout, attempts, wait) -> None:
 
 def _transfer(source, part, timeout, bar) -> None:
     """One request for what `part` lacks; returns when it is complete."""
-    have, version = _size(part), _read(f"{part}.version")
-    if not version:
-        have = 0  # whether the rest would belong to it is unknown
+    version = _read(f"{part}.version")
+    have = _size(part) if version else 0  # else whether the rest would belong to it is unknown
     headers = {"Accept-Encoding": "identity", "User-Agent": "ssar-jax"}
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
     try:
         response = _opener.open(urllib.request.Request(source, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is left of it, or it has become shorter
-            if error.headers.get("Content-Range") == f"bytes */{have}":
+        error.close()
+        if error.code == 416 and have:  # nothing is left of it, or it has become another
+            same = _version(error.headers) in (version, "")
+            if same and error.headers.get("Content-Range") == f"bytes */{have}":
                 return
-            _remove(part)
+            _remove(part, f"{part}.version")
             raise ConnectionError(f"it broke off after {have} bytes and has no more") from None
         if error.code < 500 and error.code not in (408, 425, 429):
             raise Refused(f"HTTP {error.code} {error.reason}") from None
@@ -128,16 +130,20 @@ def _transfer(source, part, timeout, bar) -> None:
     with response:
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise Refused("it sends a web page instead")
-        resumed = re.match(rf"bytes {have}-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if response.status == 206 and not resumed:
-            raise Refused("it sends another part of the file than was asked for")
-        have = have if resumed else 0
-        length = resumed[1] if resumed else response.headers.get("Content-Length")
-        total = int(length) if length and length.isdigit() else None
-        _note_version(part, response.headers)
+        span = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if response.status == 206:
+            if not span or int(span[1]) != have or _version(response.headers) != version:
+                _remove(part, f"{part}.version")
+                raise ConnectionError("it sends a part of another file than before")
+            total = int(span[2])
+        else:
+            have, length = 0, response.headers.get("Content-Length", "")
+            total = int(length) if length.isdigit() else None
         bar.total, bar.n = total, have
         bar.refresh()
         with _writing(part, have) as write:
+            if not have:  # only now that nothing of an earlier version is left
+                _note_version(part, _version(response.headers))
             for block in _blocks(response):
                 if not have and block[: len(MAGIC)] != MAGIC[: len(block)]:
                     raise Refused("it sends something else than an HDF5 file")
@@ -150,10 +156,7 @@ def _transfer(source, part, timeout, bar) -> None:
 
 def _blocks(response):
     while True:
-        try:
-            block = response.read1(BLOCK)
-        except http.client.IncompleteRead as error:
-            block = error.partial
+        block = response.read1(BLOCK)
         if not block:
             return
         yield block
@@ -177,10 +180,13 @@ def _writing(part, position):
         raise OwnFault(error.strerror) from None
 
 
-def _note_version(part, headers) -> None:
-    """Keeps what names this version of the file, for a later request to go on with the same."""
+def _version(headers) -> str:
+    """What names this version of the file, for a later request to go on with the same."""
     tag = headers.get("ETag", "")
-    version = tag if tag.startswith('"') else headers.get("Last-Modified", "")
+    return tag if tag.startswith('"') else headers.get("Last-Modified", "")
+
+
+def _note_version(part, version) -> None:
     try:
         with open(f"{part}.version", "w") as file:
             file.write(version)
@@ -191,7 +197,7 @@ def _note_version(part, headers) -> None:
 def _check(part) -> None:
     """Raises Refused when the file is not whole, or holds no transitions."""
     try:
-        with h5py.File(part) as file:
+        with h5py.File(part, "r", locking=False) as file:
             missing = {"observations", "actions", "rewards", "terminals"} - set(file)
     except OSError as error:
         raise Refused(f"what it sent is no whole HDF5 file: {error}") from None
@@ -209,23 +215,25 @@ def _install(part, path) -> None:
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, address):
-        _check_address(address)
+        _check_address(address, request.full_url)
         return super().redirect_request(request, file, code, message, headers, address)
 
 
-class _Https(urllib.request.BaseHandler):
+class _NoPlainHttp(urllib.request.BaseHandler):
     def http_request(self, request):
-        _check_address(request.full_url)
+        _check_address(request.full_url, request.full_url)
         return request
 
 
-def _check_address(address) -> None:
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
+def _check_address(address, origin) -> None:
+    """Plain http is for a server on this machine, and not by way of another one."""
+    hosts = [urllib.parse.urlsplit(x).hostname for x in (address, origin)]
+    scheme = urllib.parse.urlsplit(address).scheme
+    if scheme != "https" and not (scheme == "http" and set(hosts) <= set(LOOPBACK)):
         raise Refused(f"{address} is not https")
 
 
-_opener = urllib.request.build_opener(_SafeRedirects, _Https)
+_opener = urllib.request.build_opener(_SafeRedirects, _NoPlainHttp)
 
 
 @contextlib.contextmanager
@@ -238,7 +246,11 @@ def _locked(path):
         return
     while True:
         with open(path, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process downloads {path[:-5]}: waiting for it", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 try:
                     yield
@@ -276,4 +288,4 @@ def _reason(error) -> str:
         return "it sends nothing any more"
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {error.reason}"
-    return str(getattr(error, "reason", None) or error or type(error).__name__)
+    return str(getattr(error, "reason", None) or error) or type(error).__name__

@@ -50,10 +50,11 @@ def make_env(spec: EnvSpec, make=gymnasium.make, **kwargs):
         with warnings.catch_warnings():  # v4 is what D4RL's data are of, though there is a v5
             warnings.filterwarnings("ignore", ".*is out of date.*")
             return make(spec, **kwargs)
-    except (gymnasium.error.Error, ImportError) as error:
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(
-            f"cannot make environment {spec.id} ({reason}): install what it needs"
+            f"cannot make environment {spec.id} ({reason}): install what it needs, or name another "
+            "with --config.env=<id>"
         ) from None
 
 
@@ -68,27 +69,39 @@ def flatten_observations(observations, keys=None) -> np.ndarray:
     return np.reshape(observations, (len(observations), -1))
 
 
-def observation_keys(space, width: int, keys=None) -> tuple[str, ...] | None:
-    """Keys of a dictionary space whose join is `width` wide; None for a space without keys.
+def check_keys(keys, space, source: str) -> None:
+    """Raises InputError unless `keys` are some of a dictionary space, or none."""
+    known = sorted(space) if isinstance(space, gymnasium.spaces.Dict) else []
+    unknown = [key for key in keys or () if key not in known]
+    if unknown:
+        raise InputError(
+            f"--config.observation_keys names '{unknown[0]}', which is not among the observations "
+            f"of {source}: {'choose from ' + ', '.join(known) if known else 'leave it out'}"
+        )
 
-    All keys in alphabetical order, if that fits; else, of a goal environment, `observation` and
-    `desired_goal`, the order of most goal data, or `achieved_goal` and `observation`. `keys` are
-    taken as they are. Raises InputError when one of them does not exist.
+
+def observation_keys(space, dataset) -> tuple[str, ...] | None:
+    """Keys of a dictionary space in the order of the data's columns; None for a space without keys.
+
+    The dataset's own `observation_keys`, if it has any; all keys in alphabetical order, if that is
+    as wide as the data; else, of a goal environment, `observation` and `desired_goal`, or
+    `achieved_goal` and `observation` where the data's last columns change within an episode, as a
+    goal does not. Raises InputError when one of the keys does not exist.
     """
+    check_keys(dataset.observation_keys, space, dataset.env.id)
     if not isinstance(space, gymnasium.spaces.Dict):
         return None
-    everything = tuple(sorted(space))
-    if keys:
-        unknown = [key for key in keys if key not in everything]
-        if unknown:
-            raise InputError(
-                f"--config.observation_keys names '{unknown[0]}', which the environment does not "
-                f"observe: choose from {', '.join(everything)}"
-            )
-        return tuple(keys)
-    for joined in (everything, ("observation", "desired_goal"), ("achieved_goal", "observation")):
-        if set(joined) <= set(everything) and observation_width(space, joined) == width:
-            return joined
+    if dataset.observation_keys:
+        return tuple(dataset.observation_keys)
+    width, everything = dataset.widths["observations"], tuple(sorted(space))
+    goal_first, goal_last = ("achieved_goal", "observation"), ("observation", "desired_goal")
+    if observation_width(space, everything) != width and set(goal_last) <= set(space):
+        if observation_width(space, goal_last) == width:
+            length = dataset.episode_ends.argmax() + 1  # of the first episode
+            goals = dataset.observations[
+                :length, -gymnasium.spaces.flatdim(space["desired_goal"]) :
+            ]
+            return goal_last if (goals == goals[0]).all() else goal_first
     return everything
 
 

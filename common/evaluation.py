@@ -70,7 +70,7 @@ def make_envs(dataset: Dataset, num_envs: int):
             "name an environment of continuous actions with --config.env=<id>"
         )
     space = envs.single_observation_space
-    keys = observation_keys(space, dataset.widths["observations"], dataset.observation_keys)
+    keys = observation_keys(space, dataset)
     widths = {
         "observations": observation_width(space, keys),
         "actions": observation_width(action_space),
@@ -117,6 +117,7 @@ class Evaluator:
             SEED_BLOCK * (seed + i) + j for i in range(num_seeds) for j in range(episodes)
         ]
         self.envs, self.keys = make_envs(dataset, num_seeds * episodes)
+        dataset.observation_keys = self.keys or ()  # found by the data, which are given up later
         if self.keys and self.keys != tuple(sorted(self.envs.single_observation_space)):
             joined = ", ".join(self.keys)
             print(f"observations of {dataset.env.id} are joined as {joined}", file=sys.stderr)

@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
+from collections.abc import Sequence
 
 import h5py
 import minari
@@ -16,12 +18,12 @@ from gymnasium.envs.registration import EnvSpec
 
 from common import d4rl
 from common.checks import InputError
-from common.dataset import Dataset, at_step_limit, find_episode_ends
+from common.dataset import Dataset, find_episode_ends
 from common.environments import (
+    check_keys,
     env_spec,
     flatten_observations,
     make_env,
-    observation_keys,
     observation_width,
 )
 from common.physics import d4rl_physics, is_known
@@ -29,6 +31,7 @@ from common.physics import d4rl_physics, is_known
 NEEDED = ("observations", "actions", "rewards", "terminals")
 FLAGS = ("terminals", "timeouts")
 ONE_A_ROW = ("rewards", *FLAGS)
+FLAT_FORMAT = 1  # of Minari's flat copies, to be raised when what is written changes
 
 
 def load_dataset(
@@ -38,7 +41,7 @@ def load_dataset(
     *,
     rows: str = "all",
     physics: str | None = None,
-    keys: tuple[str, ...] = (),
+    keys: Sequence[str] = (),
     sparse: bool = False,
     cache_dir: str = "~/.cache/ssar-jax",
 ) -> Dataset:
@@ -52,7 +55,6 @@ def load_dataset(
     reward of 1, is what matters. cache_dir: where Minari's episodes are kept flat.
     Raises InputError when the data cannot be used.
     """
-    task = d4rl.find_task((name or "").removeprefix("d4rl:")) or d4rl.find_task(path)
     if not (name or path or env):
         raise InputError(
             "no data set and no environment: give --config.dataset=<Minari id or D4RL task> or "
@@ -60,12 +62,13 @@ def load_dataset(
         )
     if env:
         env_spec(env, name)  # a name that is unknown shows before a large file is read
-    if path or (name and name.startswith("d4rl:")):
-        dataset = _load_hdf5(path or name.removeprefix("d4rl:"), env, task, rows)
-    elif task:
-        dataset = _load_hdf5(d4rl.fetch(task), env, task, rows)
+    stem = (name or "").removeprefix("d4rl:")
+    is_file = (name or "").startswith("d4rl:") or stem.endswith((".hdf5", ".h5"))
+    file = path or (stem if is_file and stem not in d4rl.TASKS else None)
+    task = d4rl.find_task(stem, file)
+    if file or task:
+        dataset = _load_hdf5(file or d4rl.fetch(task), env, task, rows)
     elif name:
-        d4rl.check_version(name)
         dataset = _load_minari(_recorded(name), env, tuple(keys), rows, cache_dir)
     else:
         dataset = _no_data(env, keys)
@@ -75,8 +78,8 @@ def load_dataset(
     if sparse and len(dataset.rewards) and not (dataset.rewards == 1).any():
         raise InputError(
             f"{dataset.source}: no reward is 1, by which selection=success knows success (they lie "
-            f"between {dataset.rewards.min():g} and {dataset.rewards.max():g}): leave the rewards "
-            "as recorded, or choose another --config.selection"
+            f"between {dataset.rewards.min():g} and {dataset.rewards.max():g}): give rewards of 1 "
+            "for success and 0 else, or choose another --config.selection"
         )
     return dataset
 
@@ -96,6 +99,10 @@ def _recorded(name: str) -> str:
 def _load_hdf5(path: str, env: str | None, task: d4rl.Task | None, rows: str) -> Dataset:
     path = os.path.expanduser(path)
     with _open_hdf5(path) as file:
+        env_id, kwargs, reference = _read_metadata(path, file.attrs)
+        spec = env_spec(env or env_id or (task.env_id if task else None), path)
+        if spec.id == (env_id or "").rpartition(":")[2]:
+            spec.kwargs |= kwargs
         missing = [key for key in NEEDED if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
             raise InputError(
@@ -103,14 +110,28 @@ def _load_hdf5(path: str, env: str | None, task: d4rl.Task | None, rows: str) ->
                 "a D4RL file needs observations, actions, rewards and terminals"
             )
         columns = _read_columns(path, file, rows)
-        metadata = dict(file.attrs)
-    named = env or metadata.get("env_id") or (task.env_id if task else None)
-    spec = env_spec(named, path)
-    if spec.id == str(metadata.get("env_id", "")).rpartition(":")[2]:
-        spec.kwargs |= json.loads(metadata.get("env_kwargs", "{}"))
-    reference = _stored_reference(metadata) or (task.reference if task else None)
+    reference = reference or (task.reference if task else None)
     reference = reference or d4rl.reference_of(path) or d4rl.reference_of(spec.name)
     return _from_columns(path, spec, reference, rows, columns)
+
+
+def _read_metadata(path, attributes):
+    """Environment's id, its keyword arguments, and (random, expert) return; None where absent."""
+    found = {}
+    for key in ("env_id", "env_kwargs", "ref_min_score", "ref_max_score"):
+        value = attributes.get(key)
+        found[key] = value.decode() if isinstance(value, bytes) else value
+    try:
+        key = "env_kwargs"
+        kwargs = dict(json.loads(found[key] or "{}"))
+        key = "ref_min_score"
+        reference = _stored_reference(found)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{path}: attribute '{key}' is {found[key]!r}: mend or remove it (env_kwargs is a JSON "
+            "object, the reference scores are numbers)"
+        ) from None
+    return found["env_id"] and str(found["env_id"]), kwargs, reference
 
 
 @contextlib.contextmanager
@@ -136,7 +157,8 @@ def _read_columns(source, stored, rows) -> dict[str, np.ndarray]:
     _check_shapes(source, stored)
     columns = {}
     for key, column in stored.items():
-        values = column[()] if key in FLAGS else column.astype(np.float32)[()]
+        as_it_is = key in FLAGS or column.dtype == np.float32
+        values = column[()] if as_it_is else column.astype(np.float32)[()]
         _check_finite(source, key, values)
         values = values.reshape(-1) if key in ONE_A_ROW else values
         columns[key] = values.astype(bool) if key in FLAGS else values
@@ -223,9 +245,23 @@ def select_rows(columns, rows: str, max_steps: int | None) -> tuple[np.ndarray, 
         max_steps = None  # recorded, perhaps under another limit than the environment's now
     ends = find_episode_ends(columns["observations"], successors, terminals, timeouts, max_steps)
     if rows == "qlearning":
-        cut = timeouts if timeouts is not None else at_step_limit(terminals, max_steps)
+        cut = timeouts if timeouts is not None else _d4rl_step_limits(terminals, max_steps)
         return ends, ~cut & (np.arange(len(cut)) < len(cut) - 1)
     return ends, np.ones_like(ends) if successors is not None else ~ends | terminals
+
+
+def _d4rl_step_limits(terminals, max_steps) -> np.ndarray:
+    """Rows that qlearning_dataset takes for time-outs where none are recorded: bool [N].
+
+    It counts an episode's steps from 1 after a terminal, from 0 otherwise.
+    """
+    cut = np.zeros_like(terminals)
+    first, step = 0, 0
+    for last in (*np.flatnonzero(terminals), len(terminals) - 1):
+        steps = np.arange(step, step + last + 1 - first)
+        cut[first : last + 1] = steps % max_steps == max_steps - 1 if max_steps else False
+        first, step = last + 1, 0 if cut[last] else 1
+    return cut
 
 
 # ---------------------------------------------------------------------------------------- Minari
@@ -240,7 +276,7 @@ def _load_minari(dataset_id, env, keys, rows, cache_dir) -> Dataset:
         spec = EnvSpec.from_json(metadata["eval_env_spec"])
     else:
         spec = stored.env_spec or env_spec(None, dataset_id)
-    reference = _stored_reference(metadata) or d4rl.reference_of(spec.name)
+    reference = _stored_reference(metadata)
     columns = _flat_columns(dataset_id, stored, keys, rows, cache_dir)
     return _from_columns(dataset_id, spec, reference, rows, columns)
 
@@ -248,47 +284,56 @@ def _load_minari(dataset_id, env, keys, rows, cache_dir) -> Dataset:
 def _find_minari(dataset_id):
     """The data set, downloaded unless Minari has it."""
     local_id = dataset_id.partition("://")[2].partition("/")[2] or dataset_id
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
         return minari.load_dataset(local_id, download=False)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, line by line
+    hint = d4rl.suggest(dataset_id)
     try:
+        if hint or not re.search(r"-v\d+$", dataset_id):
+            raise ValueError("ids are of the form [namespace/]name-v<number>")
+        with contextlib.suppress(ImportError):
+            import huggingface_hub  # noqa: F401  sets its level when it is imported
+
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of every retry, a line
         minari.download_dataset(dataset_id)
         return minari.load_dataset(local_id, download=False)
     except Exception as error:  # whatever Minari and the client of its remote raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = "not asked" if hint else reason
         raise InputError(
             f"no Minari data set '{dataset_id}', neither here nor from its remote ({reason}): "
-            "`minari list local` and `minari list remote` show what there is; D4RL's own files are "
-            "named --config.dataset=d4rl:<file>"
+            "`minari list local` and `minari list remote` show what there is, files are named "
+            f"--config.dataset=d4rl:<file>{hint}"
         ) from None
 
 
 def _flat_columns(source, stored, keys, rows, cache_dir) -> dict[str, np.ndarray]:
     """All episodes as columns, from a flat copy in `cache_dir` where there is one, else made."""
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8)  # another one if its files change
-    for folder, _, names in sorted(os.walk(stored.storage.data_path)):
-        for name in sorted(names):
+    digest = hashlib.blake2b(f"{FLAT_FORMAT}{keys}".encode(), digest_size=8)
+    for folder, _, names in sorted(os.walk(stored.storage.data_path)):  # do its files change,
+        for name in sorted(names):  # another copy is made
             status = os.stat(os.path.join(folder, name))
             digest.update(f"{name} {status.st_size} {status.st_mtime_ns}".encode())
     name = f"{stored.spec.dataset_id.replace('/', '-')}-{digest.hexdigest()}.hdf5"
     path = os.path.join(os.path.expanduser(cache_dir), "minari", name)
-    with contextlib.suppress(OSError, KeyError), h5py.File(path) as file:
+    with contextlib.suppress(OSError, KeyError), h5py.File(path, "r") as file:
         return _read_columns(source, file, rows)
-    columns = _join_episodes(stored, keys)
-    _check_shapes(source, columns)
+    columns, unfinished = _join_episodes(source, stored, keys), f"{path}.{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with h5py.File(f"{path}.{os.getpid()}", "w") as file:
+        with h5py.File(unfinished, "w") as file:
             for key, column in columns.items():
                 file[key] = column
-        os.replace(f"{path}.{os.getpid()}", path)
+        os.replace(unfinished, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
         print(f"warning: no flat copy is kept in {cache_dir} ({error})", file=sys.stderr)
     return _read_columns(source, columns, rows)
 
 
-def _join_episodes(stored, keys) -> dict[str, np.ndarray]:
+def _join_episodes(source, stored, keys) -> dict[str, np.ndarray]:
     """D4RL's columns of a Minari data set, with true successors."""
+    check_keys(keys, stored.observation_space, source)
     columns, start = {}, 0
     for episode in stored.iterate_episodes():
         observations = flatten_observations(episode.observations, keys)  # a row more than actions
@@ -324,8 +369,8 @@ def _stored_reference(metadata) -> tuple[float, float] | None:
 def _no_data(env: str, keys) -> Dataset:
     spec = env_spec(env, env)
     made = make_env(spec)
-    joined = observation_keys(made.observation_space, 0, keys)
-    width = observation_width(made.observation_space, joined)
+    check_keys(keys, made.observation_space, env)
+    width = observation_width(made.observation_space, keys)
     observations = np.zeros((0, width), np.float32)
     actions = np.zeros((0, observation_width(made.action_space)), np.float32)
     made.close()

@@ -43,6 +43,8 @@ def d4rl_physics(spec: EnvSpec) -> EnvSpec:
             f"--config.physics=d4rl is for Hopper, HalfCheetah, Walker2d and AntMaze, not for "
             f"{spec.id}: use --config.physics=stock"
         )
+    if spec.version < 4:
+        raise InputError(f"{spec.id} needs mujoco-py: use --config.env={spec.name}-v4")
     spec = copy.deepcopy(spec)
     spec.kwargs |= {"stock": spec.entry_point, "total_mass": TOTAL_MASS.get(spec.name)}
     spec.entry_point = "common.physics:make_with_old_capsules"
@@ -120,28 +122,39 @@ class Replay(NamedTuple):
 def replay(path: str, spec: EnvSpec, num_rows: int = 1000, seed: int = 0) -> Replay:
     """Sets the simulator to recorded states of a D4RL file, takes one step each, and compares.
 
-    Takes `num_rows` rows at random, none of them the last of an episode. Raises InputError when the
-    file has no states.
+    Takes up to `num_rows` rows at random, none of them the last of an episode. Raises InputError
+    when the file has no such rows, or no states of this environment.
     """
     from common.environments import make_env
 
-    with h5py.File(path) as file:
-        missing = [key for key in ("infos/qpos", "infos/qvel") if key not in file]
+    env = make_env(spec)
+    env.reset(seed=seed)
+    simulator, errors = env.unwrapped, []
+    with h5py.File(path, "r") as file:
+        needed = ("infos/qpos", "infos/qvel", "observations", "actions", "rewards", "terminals")
+        missing = [key for key in needed if key not in file]
         if missing:
             raise InputError(f"{path} has no {missing[0]}: give a file that records it")
+        widths = file["infos/qpos"].shape[1], file["infos/qvel"].shape[1]
+        if widths != (simulator.model.nq, simulator.model.nv):
+            raise InputError(
+                f"{path} has states of {widths} numbers, but {spec.id} "
+                f"{(simulator.model.nq, simulator.model.nv)}: name its environment with --env=<id>"
+            )
         ends = file["terminals"][()].astype(bool)
-        ends |= file["timeouts"][()].astype(bool) if "timeouts" in file else False
+        if "timeouts" in file:
+            ends |= file["timeouts"][()].astype(bool)
         rows = np.flatnonzero(~ends[:-1])
+        if not len(rows) or num_rows < 1:
+            raise InputError(
+                f"{path}: no rows to replay: give --rows=1 or more, and longer episodes"
+            )
         num_rows = min(num_rows, len(rows))
         rows = np.sort(np.random.default_rng(seed).choice(rows, num_rows, replace=False))
-        keys = ("infos/qpos", "infos/qvel", "observations", "actions", "rewards")
-        qpos, qvel, observations, actions, rewards = (file[key][rows] for key in keys)
+        qpos, qvel, observations, actions, rewards = (file[key][rows] for key in needed[:-1])
         stored = "next_observations" in file
         following = file["next_observations"][rows] if stored else file["observations"][rows + 1]
         goals = file["infos/goal"][rows] if "infos/goal" in file else None
-    env, errors = make_env(spec), []
-    env.reset(seed=seed)
-    simulator = env.unwrapped
     for i in range(num_rows):
         simulator.set_state(qpos[i].astype(float), qvel[i].astype(float))
         if goals is not None:
@@ -155,27 +168,29 @@ def replay(path: str, spec: EnvSpec, num_rows: int = 1000, seed: int = 0) -> Rep
 
 
 def main(arguments=None) -> None:
-    """Replays a file under D4RL's physics and, of a robot, Gymnasium's; prints the errors."""
+    """Replays files under D4RL's physics and, of a robot, Gymnasium's; prints the errors."""
     from common import d4rl
     from common.environments import env_spec
 
     parser = argparse.ArgumentParser(description=replay.__doc__.splitlines()[0])
-    parser.add_argument("file", help="HDF5 file with infos/qpos and infos/qvel")
-    parser.add_argument("--env", help="Gymnasium id; by default what the file's name stands for")
-    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("files", nargs="+", help="HDF5 files with infos/qpos and infos/qvel")
+    parser.add_argument("--env", help="Gymnasium id; by default what a file's name stands for")
+    parser.add_argument("--rows", type=int, default=1000, help="of each file, at most")
     given = parser.parse_args(arguments)
-    task = d4rl.find_task(given.file)
     try:
-        spec = env_spec(given.env or (task.env_id if task else None), given.file)
-        ways = {"d4rl": d4rl_physics(spec)} | ({"stock": spec} if spec.name in MODELS else {})
-        print(f"{given.rows} rows in {spec.id}, error after one step: median and largest")
-        for name, way in ways.items():
-            found = replay(given.file, way, given.rows)
-            texts = [
-                f"{key} {np.median(error):.1e} {error.max():.1e}"
-                for key, error in found._asdict().items()
-            ]
-            print(f"  physics={name}: {', '.join(texts)}")
+        for path in given.files:
+            task = d4rl.find_task("", path)
+            spec = env_spec(given.env or (task.env_id if task else None), path)
+            ways = {"d4rl": d4rl_physics(spec)} | ({"stock": spec} if spec.name in MODELS else {})
+            for name, way in ways.items():
+                found = replay(path, way, given.rows)
+                if name == "d4rl":
+                    print(f"{path}: {len(found.reward)} rows in {spec.id}, error after one step:")
+                texts = [
+                    f"{key} {np.median(error):.1e} (at most {error.max():.1e})"
+                    for key, error in found._asdict().items()
+                ]
+                print(f"  physics={name}: median of {', '.join(texts)}")
     except (InputError, OSError) as error:
         sys.exit(f"physics: {error}")
 

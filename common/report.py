@@ -293,11 +293,14 @@ class RunLog:
         self._print_warnings()
 
     def _print_data(self):
-        dataset, scores = self.dataset, "scores are normalised"
+        dataset, source = self.dataset, self.dataset.source
+        source = os.path.basename(source) if os.path.isfile(source) else source
         if dataset.reference is None:
             scores = "scores are raw returns, for there are no reference scores"
+        else:
+            scores = "scores are 0 at a return of {:g} and 100 at {:g}".format(*dataset.reference)
         print(
-            f"{os.path.basename(dataset.source)}: {len(dataset.rewards):,} transitions in "
+            f"{source}: {len(dataset.rewards):,} transitions in "
             f"{len(dataset.returns):,} episodes; evaluated in {dataset.env.id} with "
             f"{dataset.physics} physics; {scores}"
         )

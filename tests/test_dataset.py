@@ -250,15 +250,14 @@ def test_recorded_time_outs_count_for_more_than_the_step_limit(tmp_path):
 def d4rl_loop(columns, max_steps):
     """D4RL's qlearning_dataset by its description: row by row, without vectors."""
     view, step = [], 0
+    timeouts = columns.get("timeouts")
     for i in range(len(columns["rewards"]) - 1):
-        timeouts = columns.get("timeouts")
-        last = step == max_steps - 1 if timeouts is None else timeouts[i]
-        step += 1
-        if last or columns["terminals"][i]:
-            step = 0
-        if not last:
-            row = (columns["observations"][i], columns["actions"][i], columns["rewards"][i])
-            view.append((*row, columns["observations"][i + 1], columns["terminals"][i]))
+        if step == max_steps - 1 if timeouts is None else timeouts[i]:
+            step = 0  # the row is left out, even one that is terminal
+            continue
+        row = (columns["observations"][i], columns["actions"][i], columns["rewards"][i])
+        view.append((*row, columns["observations"][i + 1], columns["terminals"][i]))
+        step = 1 if columns["terminals"][i] else step + 1  # from 1: D4RL's own off-by-one
     return [np.array(column) for column in zip(*view, strict=True)]
 
 
@@ -278,9 +277,11 @@ def test_qlearning_rows_are_d4rls(tmp_path, stored):
         ours = getattr(data, name)
         assert ours.dtype == column.dtype
         np.testing.assert_array_equal(ours, column, err_msg=name)
-    # whose episodes are still whole: as many as were recorded, none across a reset
+    # episodes end where they were recorded to, so none lies across a reset
     clock = data.observations[:, 2]
     np.testing.assert_array_equal(data.episode_ends[:-1], np.diff(clock) < 1)
+    if stored != "neither":
+        assert len(data.rewards) < len(columns["rewards"]) - 1  # some rows were left out
 
 
 def test_columns_of_other_types_and_shapes_are_read_as_d4rl_does(tmp_path):
@@ -439,21 +440,33 @@ def test_keys_of_observations_may_be_chosen():
     data.observation_keys = ("place",)
     with pytest.raises(InputError, match="names 'place', .*: choose from clock, position"):
         Evaluator(data, num_seeds=1, episodes=1, seed=0)
+    with pytest.raises(InputError, match="'clok', .* of ssar-test/keys-v0: choose from clock, pos"):
+        load_dataset("ssar-test/keys-v0", keys=("clok",))
     data.observation_keys = ("position", "clock")
     with pytest.raises(InputError, match="2 dimensions but ssar-test/Goal-v0 has 4 .position, clo"):
         Evaluator(data, num_seeds=1, episodes=1, seed=0)
 
 
 def test_goal_environments_are_joined_as_their_data():
-    """Where not all keys fit: what goal data hold mostly, and what AntMaze's do."""
+    """Where not all keys fit: a goal at the end stays the same in an episode, velocities do not."""
     box = lambda width: gymnasium.spaces.Box(-1, 1, (width,))
-    space = gymnasium.spaces.Dict(achieved_goal=box(2), desired_goal=box(2), observation=box(5))
+    goals = gymnasium.spaces.Dict(achieved_goal=box(2), desired_goal=box(2), observation=box(5))
     everything = ("achieved_goal", "desired_goal", "observation")
-    for width, keys in ((9, everything), (7, ("observation", "desired_goal")), (3, everything)):
-        assert observation_keys(space, width) == keys
-    space["desired_goal"] = box(3)
-    assert observation_keys(space, 7) == ("achieved_goal", "observation")
-    assert observation_keys(box(4), 4) is None
+    goal_last, goal_first = ("observation", "desired_goal"), ("achieved_goal", "observation")
+    ends = np.array([False, False, True, True])
+
+    def keys_of(space, width, moving_last):
+        observations = np.arange(4 * width, dtype=np.float32).reshape(4, width)
+        if not moving_last:
+            observations[:3, -2:] = 7
+        data = Dataset(observations, observations, None, None, None, ends, mock.Mock(), None, "")
+        return observation_keys(space, data)
+
+    assert keys_of(goals, 9, moving_last=False) == everything
+    assert keys_of(goals, 7, moving_last=False) == goal_last
+    assert keys_of(goals, 7, moving_last=True) == goal_first
+    assert keys_of(goals, 3, moving_last=False) == everything  # and then refused for its width
+    assert keys_of(box(4), 4, moving_last=False) is None
 
 
 def test_minari_episodes_are_kept_flat(tmp_path, monkeypatch, capsys):
@@ -603,7 +616,10 @@ def test_bad_sources_are_named(tmp_path, monkeypatch):
             ["unknown environment 'no_module:Walk-v0'", "<module>"],
         ),
         (("mujoco/none-v0",), ["no Minari data set 'mujoco/none-v0'", "(no route)", "minari list"]),
-        (("hopper-medium-v0",), ["hopper-medium-v0 is not version 2", "use hopper-medium-v2"]),
+        (("hopper-medium-v0",), ["'hopper-medium-v0'", "(not asked)", "called hopper-medium-v2"]),
+        (("hopper-medium",), ["no Minari data set", "D4RL's is called hopper-medium-v2"]),
+        (("antmaze-umaze-v2", "/x/hopper_medium-v2.hdf5"), ["the file of hopper-medium-v2, not"]),
+        (("own/hopper_medium.hdf5",), ["no file own/hopper_medium.hdf5"]),
         ((None,), ["no data set", "--config.dataset="]),
         (("not an id",), ["no Minari data set 'not an id'"]),
     ]
@@ -613,6 +629,41 @@ def test_bad_sources_are_named(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
         for word in words:
             assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"env_kwargs": "{"}, "attribute 'env_kwargs' is '{'"),
+        ({"env_kwargs": "[1]"}, "attribute 'env_kwargs' is '[1]'"),
+        ({"ref_min_score": "low", "ref_max_score": 1}, "attribute 'ref_min_score'"),
+        ({"env_id": np.bytes_("Walk-v9")}, "unknown environment 'Walk-v9'"),
+        ({"env_kwargs": '{"wind": 3}'}, "cannot make environment ssar-test/Walk-v0"),
+    ],
+)
+def test_bad_metadata_are_named(tmp_path, attributes, words):
+    path = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(60))
+    with h5py.File(path, "a") as file:
+        file.attrs.update({"env_id": "ssar-test/Walk-v0"} | attributes)
+    with pytest.raises(InputError) as error:
+        Evaluator(load_dataset("d4rl:" + path), num_seeds=1, episodes=1, seed=0)
+    assert words in str(error.value)
+
+
+def test_a_file_may_be_named_without_a_prefix(tmp_path, monkeypatch):
+    """And is the one that is read, though it is called like one in the cache."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
+    columns = toy_columns(60)
+    (tmp_path / "cache").mkdir()
+    write_hdf5(tmp_path / "cache" / "hopper_medium-v2.hdf5", **columns)
+    recorded = columns["rewards"].copy()
+    columns["rewards"] += 5
+    own = write_hdf5(tmp_path / "hopper_medium-v2.hdf5", **columns)
+    for name in (own, f"d4rl:{own}"):
+        data = load_dataset(name, env="ssar-test/Walk-v0")
+        np.testing.assert_array_equal(data.rewards, columns["rewards"])
+    data = load_dataset("d4rl:hopper-medium-v2", env="ssar-test/Walk-v0")
+    np.testing.assert_array_equal(data.rewards, recorded)
 
 
 def test_an_environment_may_name_the_module_that_registers_it(tmp_path):
