@@ -98,9 +98,7 @@ def observation_keys(space, dataset) -> tuple[str, ...] | None:
     if observation_width(space, everything) != width and set(goal_last) <= set(space):
         if observation_width(space, goal_last) == width:
             length = dataset.episode_ends.argmax() + 1  # of the first episode
-            goals = dataset.observations[
-                :length, -gymnasium.spaces.flatdim(space["desired_goal"]) :
-            ]
+            goals = dataset.observations[:length, -observation_width(space["desired_goal"]) :]
             return goal_last if (goals == goals[0]).all() else goal_first
     return everything
 
