@@ -23,9 +23,12 @@ from common.physics import d4rl_physics
 
 def load_actor(path):
     """act(_, observations [S, E, O]) -> actions [S, E, A] of the actor in an .npz file."""
-    with np.load(path, allow_pickle=False) as file:
-        names = ("actor.latent_pi.0", "actor.latent_pi.2", "actor.mu")
-        layers = [(file[f"{name}.weight"].T, file[f"{name}.bias"]) for name in names]
+    names = ("actor.latent_pi.0", "actor.latent_pi.2", "actor.mu")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            layers = [(file[f"{name}.weight"].T, file[f"{name}.bias"]) for name in names]
+    except (OSError, KeyError, ValueError) as error:
+        sys.exit(f"physics: {path} is no such actor ({error}): see --help")
 
     def act(_, x):
         for i, (kernel, bias) in enumerate(layers):
@@ -48,7 +51,9 @@ def play(act, spec, episodes, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("actor")
     parser.add_argument("--env", required=True)
     parser.add_argument("--episodes", type=int, default=100)

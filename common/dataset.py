@@ -33,6 +33,17 @@ class Dataset:
     def __post_init__(self):
         self.widths = {key: getattr(self, key).shape[1] for key in ("observations", "actions")}
 
+    def __str__(self):
+        """What a run is told to be of."""
+        scores = "raw returns, for there are no reference scores"
+        if self.reference is not None:
+            scores = "0 at a return of {:g} and 100 at {:g}".format(*self.reference)
+        name = os.path.basename(self.source) if os.path.isfile(self.source) else self.source
+        return (
+            f"{name}: {len(self.rewards):,} transitions in {len(self.returns):,} episodes; "
+            f"evaluated in {self.env.id} with {self.physics} physics; scores are {scores}"
+        )
+
     def take(self, column: str) -> np.ndarray:
         """Hands a column over and forgets it, so that the data are held once."""
         taken = getattr(self, column)
@@ -160,12 +171,23 @@ def cached_labels(cache_dir: str, name: list, make) -> np.ndarray:
             return labels
     except (OSError, ValueError, EOFError):
         pass  # not there, or broken: made again
-    labels = make()
-    try:
+    unfinished = f"{path}.{os.getpid()}"
+    try:  # before the work
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.{os.getpid()}", "wb") as file:
-            np.save(file, labels)
-        os.replace(file.name, path)
+        file = open(unfinished, "wb")
     except OSError as error:
-        print(f"warning: labels are not kept in {cache_dir} ({error.strerror})", file=sys.stderr)
+        print(
+            f"warning: labels are not kept, for --config.cache_dir={cache_dir} cannot be written "
+            f"({error.strerror})",
+            file=sys.stderr,
+        )
+        return make()
+    with file:
+        try:
+            labels = make()
+            np.save(file, labels)
+        except BaseException:
+            os.remove(unfinished)
+            raise
+    os.replace(unfinished, path)
     return labels

@@ -71,6 +71,8 @@ def download(sources, path: str, timeout=30.0, attempts=4, wait=1.0) -> None:
             f"cannot write {path} ({error.strerror}): choose another folder by setting "
             "D4RL_DATASET_DIR"
         ) from None
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(path))  # if it is empty, it was made here
     raise InputError(
         f"cannot download {name}: {'; '.join(reasons)}: fetch it in another way and give it with "
         f"--config.dataset_path=<file>, or put it at {path}"
@@ -94,20 +96,19 @@ def verify(path: str) -> None:
 def _fetch(source, part, name, timeout, attempts, wait) -> None:
     """Brings `part` up to its full size; raises what the last of too many failures raised."""
     failures, started, reached = 0, _size(part), _size(part)
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar:
-        while True:
-            try:
-                return _transfer(source, part, timeout, bar)
-            except (OSError, http.client.HTTPException) as error:
-                failures = 0 if _size(part) >= reached + BLOCK else failures + 1
-                reached = max(reached, _size(part))
-                silent = reached == started  # it may well be out of reach
-                if failures >= (min(attempts, 2) if silent else attempts):
-                    raise error
-                time.sleep(wait * 2 ** max(failures - 1, 0))
+    while True:
+        try:
+            return _transfer(source, part, name, timeout)
+        except (OSError, http.client.HTTPException) as error:
+            failures = 0 if _size(part) >= reached + BLOCK else failures + 1
+            reached = max(reached, _size(part))
+            silent = reached == started  # it may well be out of reach
+            if failures >= (min(attempts, 2) if silent else attempts):
+                raise error
+            time.sleep(wait * 2 ** max(failures - 1, 0))
 
 
-def _transfer(source, part, timeout, bar) -> None:
+def _transfer(source, part, name, timeout) -> None:
     """One request for what `part` lacks; returns when it is complete."""
     version = _read(f"{part}.version")
     have = _size(part) if version else 0  # else whether the rest would belong to it is unknown
@@ -139,9 +140,10 @@ def _transfer(source, part, timeout, bar) -> None:
         else:
             have, length = 0, response.headers.get("Content-Length", "")
             total = int(length) if length.isdigit() else None
-        bar.total, bar.n = total, have
-        bar.refresh()
-        with _writing(part, have) as write:
+        bar = tqdm(
+            total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=name
+        )
+        with bar, _writing(part, have) as write:
             if not have:  # only now that nothing of an earlier version is left
                 _note_version(part, _version(response.headers))
             for block in _blocks(response):

@@ -73,6 +73,8 @@ def check_keys(keys, space, source: str) -> None:
     """Raises InputError unless `keys` are some of a dictionary space, or none."""
     known = sorted(space) if isinstance(space, gymnasium.spaces.Dict) else []
     unknown = [key for key in keys or () if key not in known]
+    if len(set(keys or ())) < len(keys or ()):
+        raise InputError(f"--config.observation_keys={','.join(keys)} names a key twice: once each")
     if unknown:
         raise InputError(
             f"--config.observation_keys names '{unknown[0]}', which is not among the observations "

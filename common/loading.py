@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import sys
@@ -64,10 +63,16 @@ def load_dataset(
         env_spec(env, name)  # a name that is unknown shows before a large file is read
     stem = (name or "").removeprefix("d4rl:")
     is_file = (name or "").startswith("d4rl:") or stem.endswith((".hdf5", ".h5"))
-    file = path or (stem if is_file and stem not in d4rl.TASKS else None)
+    file = stem if is_file and stem not in d4rl.TASKS else None
+    if path and file is not None and path != file:
+        raise InputError(
+            f"two files are given, --config.dataset={name} and --config.dataset_path={path}: leave "
+            "out one of them"
+        )
+    file = path or file
     task = d4rl.find_task(stem, file)
-    if file or task:
-        dataset = _load_hdf5(file or d4rl.fetch(task), env, task, rows)
+    if file is not None or task:
+        dataset = _load_hdf5(file if file is not None else d4rl.fetch(task), env, task, rows)
     elif name:
         dataset = _load_minari(_recorded(name), env, tuple(keys), rows, cache_dir)
     else:
@@ -101,6 +106,11 @@ def _load_hdf5(path: str, env: str | None, task: d4rl.Task | None, rows: str) ->
     with _open_hdf5(path) as file:
         env_id, kwargs, reference = _read_metadata(path, file.attrs)
         spec = env_spec(env or env_id or (task.env_id if task else None), path)
+        if task and not env and spec.name != env_spec(task.env_id, path).name:
+            raise InputError(
+                f"{path} is of {spec.id}, but {task.name} of {task.env_id}: give that task's file, "
+                "choose another task, or name the environment with --config.env=<id>"
+            )
         if spec.id == (env_id or "").rpartition(":")[2]:
             spec.kwargs |= kwargs
         missing = [key for key in NEEDED if not isinstance(file.get(key), h5py.Dataset)]
@@ -146,7 +156,8 @@ def _open_hdf5(path):
             yield file
     except OSError as error:
         raise InputError(
-            f"{path} is not a readable HDF5 file ({error}): download it again"
+            f"{path} is not a readable HDF5 file ({error}): put a whole one in its place, or "
+            "delete it, if it is of D4RL's folder, to have it downloaded again"
         ) from None
 
 
@@ -291,9 +302,9 @@ def _find_minari(dataset_id):
         if hint or not re.search(r"-v\d+$", dataset_id):
             raise ValueError("ids are of the form [namespace/]name-v<number>")
         with contextlib.suppress(ImportError):
-            import huggingface_hub  # noqa: F401  sets its level when it is imported
+            from huggingface_hub.utils import logging
 
-            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of every retry, a line
+            logging.set_verbosity_error()  # not a line for every retry
         minari.download_dataset(dataset_id)
         return minari.load_dataset(local_id, download=False)
     except Exception as error:  # whatever Minari and the client of its remote raise

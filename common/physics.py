@@ -174,13 +174,15 @@ def main(arguments=None) -> None:
 
     parser = argparse.ArgumentParser(description=replay.__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", help="HDF5 files with infos/qpos and infos/qvel")
-    parser.add_argument("--env", help="Gymnasium id; by default what a file's name stands for")
+    parser.add_argument("--env", help="Gymnasium id; by default what a file tells, or its name")
     parser.add_argument("--rows", type=int, default=1000, help="of each file, at most")
     given = parser.parse_args(arguments)
     try:
         for path in given.files:
             task = d4rl.find_task("", path)
-            spec = env_spec(given.env or (task.env_id if task else None), path)
+            with h5py.File(path, "r") as file:
+                env_id = given.env or file.attrs.get("env_id") or (task.env_id if task else None)
+            spec = env_spec(env_id, path)
             ways = {"d4rl": d4rl_physics(spec)} | ({"stock": spec} if spec.name in MODELS else {})
             for name, way in ways.items():
                 found = replay(path, way, given.rows)
@@ -192,7 +194,7 @@ def main(arguments=None) -> None:
                 ]
                 print(f"  physics={name}: median of {', '.join(texts)}")
     except (InputError, OSError) as error:
-        sys.exit(f"physics: {error}")
+        sys.exit(f"physics: {error}".replace("--config.env", "--env"))
 
 
 if __name__ == "__main__":

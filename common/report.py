@@ -16,6 +16,7 @@ import numpy as np
 import tensorboardX
 from tqdm import tqdm
 
+from common.checks import InputError
 from common.plot import plot_run
 
 # Names that the authors' code logs under, so that curves line up.
@@ -50,13 +51,17 @@ class RunLog:
         self.speeds = []  # updates/s of every seed offline
         self.online_speeds = []  # the same online; environment steps/s, and the environments' share
         set_aside(self.workdir)
-        os.makedirs(self.workdir, exist_ok=True)
+        try:
+            os.makedirs(self.workdir, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--workdir={workdir} cannot be made ({error.strerror}): choose another folder"
+            ) from None
         self._write_json("config.json", config.to_dict())
         self.writers = [
             tensorboardX.SummaryWriter(os.path.join(self.workdir, "tensorboard", f"seed_{seed}"))
             for seed in self.seeds
         ]
-        self._print_data()
         self._print_warnings()  # of the data: before the run, not after it
 
     @contextlib.contextmanager
@@ -291,19 +296,6 @@ class RunLog:
             )
         print(f"{', '.join(speeds)}, {results['wall_seconds']:.0f} s in all -> {self.workdir}")
         self._print_warnings()
-
-    def _print_data(self):
-        dataset, source = self.dataset, self.dataset.source
-        source = os.path.basename(source) if os.path.isfile(source) else source
-        if dataset.reference is None:
-            scores = "scores are raw returns, for there are no reference scores"
-        else:
-            scores = "scores are 0 at a return of {:g} and 100 at {:g}".format(*dataset.reference)
-        print(
-            f"{source}: {len(dataset.rewards):,} transitions in "
-            f"{len(dataset.returns):,} episodes; evaluated in {dataset.env.id} with "
-            f"{dataset.physics} physics; {scores}"
-        )
 
     def _print_warnings(self):
         for warning in self.warnings():

@@ -371,6 +371,20 @@ def test_labels_are_cached_and_a_broken_file_is_made_again(tmp_path):
     )
     cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.5], make)
     assert len(calls) == 3
+    fail = mock.Mock(side_effect=RuntimeError)
+    with pytest.raises(RuntimeError):
+        cached_labels(str(tmp_path / "new"), ["other"], fail)
+    assert len(os.listdir(tmp_path / "new")) == 2  # nothing unfinished is left
+
+
+def test_labels_that_cannot_be_kept_are_announced_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+
+    def make():
+        assert "labels are not kept, for --config.cache_dir=" in capsys.readouterr().err
+        return np.array([True])
+
+    assert cached_labels(str(tmp_path / "file"), ["abc"], make)
 
 
 # ----------------------------------------------------------------------- Minari
@@ -442,6 +456,9 @@ def test_keys_of_observations_may_be_chosen():
         Evaluator(data, num_seeds=1, episodes=1, seed=0)
     with pytest.raises(InputError, match="'clok', .* of ssar-test/keys-v0: choose from clock, pos"):
         load_dataset("ssar-test/keys-v0", keys=("clok",))
+    data.observation_keys = ("position", "position")
+    with pytest.raises(InputError, match="position,position names a key twice"):
+        Evaluator(data, num_seeds=1, episodes=1, seed=0)
     data.observation_keys = ("position", "clock")
     with pytest.raises(InputError, match="2 dimensions but ssar-test/Goal-v0 has 4 .position, clo"):
         Evaluator(data, num_seeds=1, episodes=1, seed=0)
@@ -606,6 +623,9 @@ def test_bad_sources_are_named(tmp_path, monkeypatch):
     text = tmp_path / "page.hdf5"
     text.write_text("<html>")
     good = write_hdf5(tmp_path / "good.hdf5", **toy_columns(60))
+    walk = write_hdf5(tmp_path / "walk.hdf5", **toy_columns(60))
+    with h5py.File(walk, "a") as file:
+        file.attrs["env_id"] = "ssar-test/Walk-v0"
     cases = [
         (("d4rl:/no/such.hdf5", None, "ssar-test/Walk-v0"), ["no file /no/such.hdf5"]),
         (("toy", str(text), "ssar-test/Walk-v0"), [str(text), "not a readable HDF5 file"]),
@@ -620,6 +640,12 @@ def test_bad_sources_are_named(tmp_path, monkeypatch):
         (("hopper-medium",), ["no Minari data set", "D4RL's is called hopper-medium-v2"]),
         (("antmaze-umaze-v2", "/x/hopper_medium-v2.hdf5"), ["the file of hopper-medium-v2, not"]),
         (("own/hopper_medium.hdf5",), ["no file own/hopper_medium.hdf5"]),
+        (("d4rl:",), ["no file :"]),
+        (("d4rl:a.hdf5", "b.hdf5"), ["two files are given", "--config.dataset_path=b.hdf5"]),
+        (
+            ("hopper-medium-v2", walk),
+            [f"{walk} is of ssar-test/Walk-v0", "but hopper-medium-v2 of"],
+        ),
         ((None,), ["no data set", "--config.dataset="]),
         (("not an id",), ["no Minari data set 'not an id'"]),
     ]

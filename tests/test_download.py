@@ -244,6 +244,13 @@ def test_without_a_good_source_one_sentence_tells_all(servers, tmp_path, mood):
     assert not os.path.exists(path)
 
 
+def test_a_folder_is_not_left_behind_empty(servers, tmp_path):
+    servers[0].http.mood = "missing"
+    with pytest.raises(InputError, match="HTTP 404"):
+        quick([servers[0].url], str(tmp_path / "folder" / "whole.hdf5"))
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_data_set_without_its_keys_is_not_kept(servers, tmp_path):
     with h5py.File(tmp_path / "other.hdf5", "w") as file:
         file["observations"] = np.zeros((3, 2))

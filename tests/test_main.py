@@ -390,6 +390,8 @@ def test_folders_that_are_no_run_are_left_alone(data, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--workdir=/proc/x cannot be made"):
+        ssar.main(tiny_config(data), "/proc/x")
     for name, words in (("notes", "holds files of no run"), ("file", "is a file")):
         with pytest.raises(InputError, match=words):
             ssar.main(tiny_config(data), str(tmp_path / name))
