@@ -30,8 +30,8 @@ def env_spec(env: str | None, source: str) -> EnvSpec:
     try:
         if module:
             importlib.import_module(module)  # registers its environments
-        elif env_id not in gymnasium.registry:
-            for known in KNOWN_MODULES:
+        for known in KNOWN_MODULES:
+            if env_id not in gymnasium.registry:
                 with contextlib.suppress(ImportError):
                     importlib.import_module(known)
         return copy.deepcopy(gymnasium.spec(env_id))
