@@ -105,12 +105,12 @@ def _load_hdf5(path: str, env: str | None, task: d4rl.Task | None, rows: str) ->
     path = os.path.expanduser(path)
     with _open_hdf5(path) as file:
         env_id, kwargs, reference = _read_metadata(path, file.attrs)
-        spec = env_spec(env or env_id or (task.env_id if task else None), path)
-        if task and not env and spec.name != env_spec(task.env_id, path).name:
+        if task and env_id and not env and _stem(env_id) != _stem(task.env_id):
             raise InputError(
-                f"{path} is of {spec.id}, but {task.name} of {task.env_id}: give that task's file, "
+                f"{path} is of {env_id}, but {task.name} of {task.env_id}: give that task's file, "
                 "choose another task, or name the environment with --config.env=<id>"
             )
+        spec = env_spec(env or env_id or (task.env_id if task else None), path)
         if spec.id == (env_id or "").rpartition(":")[2]:
             spec.kwargs |= kwargs
         missing = [key for key in NEEDED if not isinstance(file.get(key), h5py.Dataset)]
@@ -123,6 +123,11 @@ def _load_hdf5(path: str, env: str | None, task: d4rl.Task | None, rows: str) ->
     reference = reference or (task.reference if task else None)
     reference = reference or d4rl.reference_of(path) or d4rl.reference_of(spec.name)
     return _from_columns(path, spec, reference, rows, columns)
+
+
+def _stem(env_id: str) -> str:
+    """An environment's name without module, namespace and version."""
+    return re.split("[:/]", env_id)[-1].rpartition("-v")[0]
 
 
 def _read_metadata(path, attributes):
