@@ -125,8 +125,8 @@ class TrainState(NamedTuple):
     """All that training changes. With several seeds, every leaf has a leading axis [S]."""
 
     actor: dict
-    critic: tuple  # a pair
-    target_critic: tuple
+    critic: chex.ArrayTree  # a pair: stacked, leaves [2, ...], or a tuple where depths differ
+    target_critic: chex.ArrayTree
     coefficient: dict
     log_alpha: jax.Array  # [] weight of the entropy
     log_alpha_prime: jax.Array  # [] Lagrange multiplier of the regulariser
@@ -151,36 +151,83 @@ class ReplayBuffer(NamedTuple):
 # -------------------------------------------------------------------------------------- networks
 
 
+def uniform(key, shape, fan_in):
+    """PyTorch's default for kernels and biases: U(-1, 1) / √fan_in."""
+    return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
+
+
+@jax.custom_vjp
+def layer_norm(x, scale, offset):
+    """LayerNorm over the last axis. The derived backward pass would go over `x` more often."""
+    return layer_norm_forward(x, scale, offset)[0]
+
+
+def layer_norm_forward(x, scale, offset):
+    """The value, and what the backward pass needs."""
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
+    inverse = jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5)
+    unit = (x - mean) * inverse
+    return unit * scale + offset, (unit, inverse, scale)
+
+
+def layer_norm_backward(saved, grad):
+    """The gradients in `x`, `scale` and `offset`."""
+    unit, inverse, scale = saved
+    scaled = grad * scale
+    along = unit * (scaled * unit).mean(axis=-1, keepdims=True)
+    rows = tuple(range(grad.ndim - 1))
+    grad_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - along)
+    return grad_x, (grad * unit).sum(axis=rows), grad.sum(axis=rows)
+
+
+layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
+
+
 class MLP(nn.Module):
-    """ReLU layers, each after a LayerNorm if asked for, then a linear one; PyTorch's init."""
+    """ReLU layers, each after a LayerNorm if asked for, then a linear one; PyTorch's init.
+
+    All biases, then LayerNorm's scales and offsets, are one vector: few arrays, few kernels.
+    """
 
     widths: tuple[int, ...]
     layer_norm: bool = False
 
     @nn.compact
     def __call__(self, x):
+        depth, hidden = len(self.widths), self.widths[:-1]
+        sizes = (*self.widths, *hidden, *hidden) if self.layer_norm else self.widths
+        vector = self.param("vector", self.init_vector, x.shape[-1])
+        pieces = jnp.split(vector, np.cumsum(sizes)[:-1])
         for i, width in enumerate(self.widths):
-            bound = x.shape[-1] ** -0.5
-            init = partial(jax.random.uniform, minval=-bound, maxval=bound)
-            x = nn.Dense(width, kernel_init=init, bias_init=init, name=f"layers_{i}")(x)
-            if i < len(self.widths) - 1:
-                x = nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x) if self.layer_norm else x
+            x = x @ self.param(f"kernel_{i}", uniform, (x.shape[-1], width), x.shape[-1])
+            x += pieces[i]
+            if i < depth - 1:
+                if self.layer_norm:
+                    x = layer_norm(x, scale=pieces[depth + i], offset=pieces[2 * depth - 1 + i])
                 x = nn.relu(x)
         return x
+
+    def init_vector(self, key, in_dim):
+        """Biases, and LayerNorms that change nothing."""
+        keys, fan_in = jax.random.split(key, len(self.widths)), (in_dim, *self.widths)
+        biases = [uniform(key, (b,), a) for key, a, b in zip(keys, fan_in, self.widths)]
+        hidden = sum(self.widths[:-1]) if self.layer_norm else 0
+        return jnp.concatenate([*biases, jnp.ones(hidden), jnp.zeros(hidden)])
 
 
 def forward(params, x):
     """The MLP that `params` belong to, whatever its widths."""
-    depth = sum(name.startswith("layers") for name in params)
-    widths = tuple(params[f"layers_{i}"]["bias"].size for i in range(depth))
-    return MLP(widths, layer_norm="norm_0" in params).apply({"params": params}, x)
+    depth = sum(name.startswith("kernel") for name in params)
+    widths = tuple(params[f"kernel_{i}"].shape[-1] for i in range(depth))
+    return MLP(widths, params["vector"].size > sum(widths)).apply({"params": params}, x)
 
 
 def actor(params, obs):
     """π(·|s) = tanh N(μ, σ): [B, O] -> μ and log σ, [B, A] each."""
     mean, log_std = jnp.split(forward(params, obs), 2, axis=-1)
-    log_std = params["log_std_multiplier"] * log_std + params["log_std_offset"]
-    return mean, jnp.clip(log_std, -20, 2)
+    multiplier, offset = params["log_std"]
+    return mean, jnp.clip(multiplier * log_std + offset, -20, 2)
 
 
 def log_density(distribution, unit):
@@ -205,12 +252,17 @@ def critic(params, obs, action):
     """Q(s, a): [B, O], [B, A] -> [B]; or [B, K, A] -> [B, K]."""
     if action.ndim > obs.ndim:
         obs = jnp.broadcast_to(obs[:, None], (*action.shape[:2], obs.shape[1]))
-    return forward(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
+    x = jnp.concatenate([obs, action], axis=-1)
+    return forward(params, x.reshape(-1, x.shape[-1])).reshape(action.shape[:-1])
 
 
 def critics(pair, obs, action):
-    """A pair, of any two depths: -> [2, B] or [2, B, K]."""
-    return jnp.stack([critic(params, obs, action) for params in pair])
+    """Both Q: [B, O], [B, A] -> [2, B]; or [B, K, A] -> [2, B, K]. Of one depth they are stacked."""
+    if isinstance(pair, tuple):
+        return jnp.stack([critic(params, obs, action) for params in pair])
+    # Inputs repeated, as to share them would cost copies from layout to layout.
+    obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
+    return jax.vmap(critic)(pair, obs, action)
 
 
 def coefficient(params, obs, config):
@@ -223,43 +275,41 @@ def init_mlp(key, in_dim, widths, layer_norm=False):
     return MLP(widths, layer_norm).init(key, jnp.zeros((1, in_dim)))["params"]
 
 
-def init_pair(key, in_dim, widths):
-    """Parameters of two IQL critics."""
-    return tuple(init_mlp(key, in_dim, widths) for key in jax.random.split(key))
+def init_pair(key, in_dim, widths, layer_norm=False):
+    """Parameters of two critics, stacked."""
+    return jax.vmap(lambda key: init_mlp(key, in_dim, widths, layer_norm))(jax.random.split(key))
 
 
 def init_actor(key, obs_dim, action_dim, hidden_dims):
     """π's parameters, [., obs_dim] -> [., 2 action_dim]: a small last layer, log σ near -1."""
     params = init_mlp(key, obs_dim, (*hidden_dims, 2 * action_dim))
-    last = params[f"layers_{len(hidden_dims)}"]
-    last["kernel"] = 0.01 * nn.initializers.xavier_uniform()(key, last["kernel"].shape)
-    last["bias"] = jnp.zeros_like(last["bias"])
-    return params | {"log_std_multiplier": jnp.ones(()), "log_std_offset": -jnp.ones(())}
+    shape = (hidden_dims[-1], 2 * action_dim)
+    last = 0.01 * nn.initializers.xavier_uniform()(key, shape)
+    vector = params["vector"].at[-2 * action_dim :].set(0)
+    log_std = jnp.array([1.0, -1.0])  # a factor and an offset, both learned
+    return params | {f"kernel_{len(hidden_dims)}": last, "vector": vector, "log_std": log_std}
 
 
 def init_critic(key, in_dim, hidden_dims):
     """Q's parameters: orthogonal, of gain √2 and 0.01 in the last layer, biases 0."""
-    params = init_mlp(key, in_dim, (*hidden_dims, 1), layer_norm=True)
-    gains = [2**0.5] * len(hidden_dims) + [0.01]
-    for i, (layer_key, gain) in enumerate(
-        zip(jax.random.split(key, len(gains)), gains, strict=True)
-    ):
-        layer = params[f"layers_{i}"]
-        orthogonal = partial(nn.initializers.orthogonal(gain), shape=layer["kernel"].shape)
+    widths = (*hidden_dims, 1)
+    params = init_mlp(key, in_dim, widths, layer_norm=True)
+    vector = params.pop("vector").at[: sum(widths)].set(0)
+    for i, layer_key in enumerate(jax.random.split(key, len(widths))):
+        gain = 2**0.5 if i < len(hidden_dims) else 0.01
+        orthogonal = partial(nn.initializers.orthogonal(gain), shape=params[f"kernel_{i}"].shape)
         # One after the other under vmap: XLA's CPU threads can deadlock on jitted batches of QR.
-        layer["kernel"] = jax.custom_batching.sequential_vmap(orthogonal)(layer_key)
-        layer["bias"] = jnp.zeros_like(layer["bias"])
-    return params
+        params[f"kernel_{i}"] = jax.custom_batching.sequential_vmap(orthogonal)(layer_key)
+    return params | {"vector": vector}
 
 
 def init_coefficient(key, obs_dim, hidden_dims):
     """β_φ's parameters: Xavier-uniform, biases 0, the last 0.6931, at which 1.5 sigmoid is 1."""
     params = init_mlp(key, obs_dim, (*hidden_dims, 1))
-    for layer_key, layer in zip(jax.random.split(key, len(params)), params.values(), strict=True):
-        layer["kernel"] = nn.initializers.xavier_uniform()(layer_key, layer["kernel"].shape)
-        layer["bias"] = jnp.zeros_like(layer["bias"])
-    layer["bias"] += 0.6931
-    return params
+    vector = jnp.zeros_like(params.pop("vector")).at[-1].set(0.6931)
+    for name, layer_key in zip(params, jax.random.split(key, len(params)), strict=True):
+        params[name] = nn.initializers.xavier_uniform()(layer_key, params[name].shape)
+    return params | {"vector": vector}
 
 
 def descend(loss, params, optimizer, opt_state, *args):
@@ -445,34 +495,46 @@ def critic_loss(params, state, batch, noise, distribution, weight, config):
         next_q -= jnp.exp(state.log_alpha) * next_log_prob
     next_q = jnp.take_along_axis(next_q, best, axis=1)[:, 0]  # best by Q alone
     target = batch.reward + config.discount * (1 - batch.terminated) * next_q  # [B]
-    q = critics(params, batch.obs, batch.action)  # [2, B]
-    chex.assert_equal_shape([target, q[0], weight])
-    td_loss = jnp.square(q - target).mean(axis=1).sum()
-
-    samples, log_prob = sampled_actions(distribution, next_distribution, noise)
-    rows = (batch.obs, batch.action, samples, log_prob, weight)
-    penalty = sum_in_blocks(partial(regulariser, config=config), config.block_size, params, rows)
+    actions, log_prob = scored_actions(distribution, next_distribution, batch, noise)
+    block_size = config.block_size or (32 if jax.default_backend() == "cpu" else len(weight))
+    if block_size < len(weight):
+        q = critics(params, batch.obs, batch.action)  # [2, B]
+        rows = (batch.obs, actions, log_prob, weight)
+        penalty = sum_in_blocks(partial(regulariser, config), block_size, params, rows)
+    else:
+        scores = critics(params, batch.obs, actions)
+        q, penalty = scores[..., 0], weigh_scores(scores, log_prob, weight, config)
     penalty /= len(weight)
+    chex.assert_equal_shape([target, q[0], weight])
+    td_loss = sum(jnp.square(q - target).mean(axis=1))
     loss = td_loss + multiplier(state.log_alpha_prime, config) * penalty
-    info = {"critic_loss": loss, "td_loss": td_loss, "regulariser": penalty, "q1": q[0].mean()}
+    info = {"critic_loss": loss, "td_loss": td_loss, "regulariser": penalty, "q1": q.mean(axis=1)[0]}
     return loss, info
 
 
-def sampled_actions(distribution, next_distribution, noise):
-    """Uniform actions, those of π(·|s') and of π(·|s): [B, 3K, A], and log-densities [B, 3K]."""
+def scored_actions(distribution, next_distribution, batch, noise):
+    """The data's action, K uniform ones, K of π(·|s') and of π(·|s): [B, 1 + 3K, A].
+
+    Also the log-densities of the 3K, [B, 3K].
+    """
     next_action, next_log_prob = sample(next_distribution, noise.next_action)
     action, log_prob = sample(distribution, noise.current_action)
     uniform_log_prob = jnp.full_like(log_prob, action.shape[-1] * jnp.log(0.5))
-    actions = jnp.concatenate([noise.random_action, next_action, action], axis=1)
-    return actions, jnp.concatenate([uniform_log_prob, next_log_prob, log_prob], axis=1)
+    actions = [batch.action[:, None], noise.random_action, next_action, action]
+    log_probs = [uniform_log_prob, next_log_prob, log_prob]
+    return jnp.concatenate(actions, axis=1), jnp.concatenate(log_probs, axis=1)
 
 
-def regulariser(params, obs, action, samples, log_prob, weight, config):
+def regulariser(config, params, obs, actions, log_prob, weight):
+    """CQL's regulariser of some rows: [b, O], [b, 1 + 3K, A], [b, 3K], [b] -> []."""
+    return weigh_scores(critics(params, obs, actions), log_prob, weight, config)
+
+
+def weigh_scores(q, log_prob, weight, config):
     """Σ weight (log Σ exp Q - Q(s, a)) over rows and critics, less the gap if lagrange.
 
-    [b, O], [b, A], [b, 3K, A], [b, 3K], [b] -> []. The importance weights are 1 / exp(log_prob).
+    q: [2, b, 1 + 3K], the data's action first. The importance weights are 1 / exp(log_prob).
     """
-    q = critics(params, obs, jnp.concatenate([action[:, None], samples], axis=1))  # [2, b, 1 + 3K]
     # Without importance sampling, the data's action counts as one more sample.
     scores = q[..., 1:] - log_prob if config.importance_sample else q
     temperature = config.cql_temperature
@@ -608,6 +670,8 @@ def init_state(key, obs_dim, action_dim, config):
             jax.random.split(critic_key), config.critic_layers, strict=True
         )
     )
+    if len(set(config.critic_layers)) == 1:
+        pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair)
     beta = init_coefficient(beta_key, obs_dim, config.coefficient_hidden_dims)
     log_alpha, log_alpha_prime = jnp.zeros(()), jnp.ones(())
     actor_adam, critic_adam, beta_adam = optimizers(config)
@@ -754,15 +818,20 @@ def train_interval(state, data, config):
         shape = (config.eval_interval,)
         indices = jax.random.randint(index_key, (*shape, config.batch_size), 0, len(data.reward))
 
+        names = []  # metrics leave the loop as one vector, which costs one kernel
+
         def body(state, draws):
             rows, key = draws
             batch = take(rows_of_seed, rows)
             noise = sample_noise(key, batch, config)
-            return update_step(state, batch, noise, config)
+            state, info = update_step(state, batch, noise, config)
+            names[:] = info
+            return state, jnp.stack([*info.values()])
 
         draws = (indices, jax.random.split(noise_key, shape))
         state, infos = jax.lax.scan(body, state._replace(key=key), draws)
-        return state, jax.tree.map(jnp.mean, infos) | {"n": state.threshold.n}
+        means = dict(zip(names, infos.mean(axis=0), strict=True))
+        return state, means | {"n": state.threshold.n}
 
     return over_seeds(one_seed, state, data.trusted)
 

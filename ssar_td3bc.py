@@ -131,29 +131,76 @@ class ReplayBuffer(NamedTuple):
 # -------------------------------------------------------------------------------------- networks
 
 
+def uniform(key, shape, fan_in):
+    """PyTorch's default for kernels and biases: U(-1, 1) / √fan_in."""
+    return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
+
+
+@jax.custom_vjp
+def layer_norm(x, scale, offset):
+    """LayerNorm over the last axis. The derived backward pass would go over `x` more often."""
+    return layer_norm_forward(x, scale, offset)[0]
+
+
+def layer_norm_forward(x, scale, offset):
+    """The value, and what the backward pass needs."""
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
+    inverse = jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5)
+    unit = (x - mean) * inverse
+    return unit * scale + offset, (unit, inverse, scale)
+
+
+def layer_norm_backward(saved, grad):
+    """The gradients in `x`, `scale` and `offset`."""
+    unit, inverse, scale = saved
+    scaled = grad * scale
+    along = unit * (scaled * unit).mean(axis=-1, keepdims=True)
+    rows = tuple(range(grad.ndim - 1))
+    grad_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - along)
+    return grad_x, (grad * unit).sum(axis=rows), grad.sum(axis=rows)
+
+
+layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
+
+
 class MLP(nn.Module):
-    """ReLU layers, each after a LayerNorm if asked for, then a linear one; PyTorch's init."""
+    """ReLU layers, each after a LayerNorm if asked for, then a linear one; PyTorch's init.
+
+    All biases, then LayerNorm's scales and offsets, are one vector: few arrays, few kernels.
+    """
 
     widths: tuple[int, ...]
     layer_norm: bool = False
 
     @nn.compact
     def __call__(self, x):
+        depth, hidden = len(self.widths), self.widths[:-1]
+        sizes = (*self.widths, *hidden, *hidden) if self.layer_norm else self.widths
+        vector = self.param("vector", self.init_vector, x.shape[-1])
+        pieces = jnp.split(vector, np.cumsum(sizes)[:-1])
         for i, width in enumerate(self.widths):
-            bound = x.shape[-1] ** -0.5
-            init = partial(jax.random.uniform, minval=-bound, maxval=bound)
-            x = nn.Dense(width, kernel_init=init, bias_init=init, name=f"layers_{i}")(x)
-            if i < len(self.widths) - 1:
-                x = nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x) if self.layer_norm else x
+            x = x @ self.param(f"kernel_{i}", uniform, (x.shape[-1], width), x.shape[-1])
+            x += pieces[i]
+            if i < depth - 1:
+                if self.layer_norm:
+                    x = layer_norm(x, scale=pieces[depth + i], offset=pieces[2 * depth - 1 + i])
                 x = nn.relu(x)
         return x
+
+    def init_vector(self, key, in_dim):
+        """Biases, and LayerNorms that change nothing."""
+        keys, fan_in = jax.random.split(key, len(self.widths)), (in_dim, *self.widths)
+        biases = [uniform(key, (b,), a) for key, a, b in zip(keys, fan_in, self.widths)]
+        hidden = sum(self.widths[:-1]) if self.layer_norm else 0
+        return jnp.concatenate([*biases, jnp.ones(hidden), jnp.zeros(hidden)])
 
 
 def forward(params, x):
     """The MLP that `params` belong to, whatever its widths."""
-    depth = sum(name.startswith("layers") for name in params)
-    widths = tuple(params[f"layers_{i}"]["bias"].size for i in range(depth))
-    return MLP(widths, layer_norm="norm_0" in params).apply({"params": params}, x)
+    depth = sum(name.startswith("kernel") for name in params)
+    widths = tuple(params[f"kernel_{i}"].shape[-1] for i in range(depth))
+    return MLP(widths, params["vector"].size > sum(widths)).apply({"params": params}, x)
 
 
 def actor(params, obs):
@@ -166,7 +213,11 @@ def critic(params, obs, action):
     return forward(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
 
 
-critics = jax.vmap(critic, in_axes=(0, None, None))  # a pair: -> [2, B]
+def critics(pair, obs, action):
+    """Both Q, of stacked parameters: [B, O], [B, A] -> [2, B]."""
+    # Inputs repeated, as to share them would cost copies from layout to layout.
+    obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
+    return jax.vmap(critic)(pair, obs, action)
 
 
 def coefficient(params, obs, config):
@@ -187,11 +238,10 @@ def init_pair(key, in_dim, widths, layer_norm=False):
 def init_coefficient(key, obs_dim, hidden_dims):
     """β_φ's parameters: Xavier-uniform, biases 0, the last 0.6931, at which 1.5 sigmoid is 1."""
     params = init_mlp(key, obs_dim, (*hidden_dims, 1))
-    for layer_key, layer in zip(jax.random.split(key, len(params)), params.values(), strict=True):
-        layer["kernel"] = nn.initializers.xavier_uniform()(layer_key, layer["kernel"].shape)
-        layer["bias"] = jnp.zeros_like(layer["bias"])
-    layer["bias"] += 0.6931
-    return params
+    vector = jnp.zeros_like(params.pop("vector")).at[-1].set(0.6931)
+    for name, layer_key in zip(params, jax.random.split(key, len(params)), strict=True):
+        params[name] = nn.initializers.xavier_uniform()(layer_key, params[name].shape)
+    return params | {"vector": vector}
 
 
 def descend(loss, params, optimizer, opt_state, *args):
@@ -373,8 +423,8 @@ def critic_loss(params, state, batch, noise, config):
     target = batch.reward + config.discount * (1 - batch.terminated) * next_q  # [B]
     q = critics(params, batch.obs, batch.action)  # [2, B]
     chex.assert_equal_shape([target, q[0]])
-    loss = jnp.square(q - target).mean(axis=1).sum()
-    return loss, {"critic_loss": loss, "q1": q[0].mean()}
+    loss = sum(jnp.square(q - target).mean(axis=1))
+    return loss, {"critic_loss": loss, "q1": q.mean(axis=1)[0]}
 
 
 def actor_loss(params, state, batch, weight, config):
@@ -557,6 +607,8 @@ def train_interval(state, data, config):
         shape = (config.eval_interval // config.policy_freq, config.policy_freq)
         indices = jax.random.randint(index_key, (*shape, config.batch_size), 0, len(data.reward))
 
+        names = []  # metrics leave the loop as one vector, which costs one kernel
+
         def body(state, draws):
             infos = []
             for i, (rows, key) in enumerate(zip(*draws, strict=True)):
@@ -567,11 +619,14 @@ def train_interval(state, data, config):
                 state, info = update_step(state, batch, noise, config, update_actor=delayed)
                 infos.append(info)
             mean = {name: sum(info[name] for info in infos) / len(infos) for name in infos[0]}
-            return state, infos[-1] | mean
+            info = infos[-1] | mean
+            names[:] = info
+            return state, jnp.stack([*info.values()])
 
         draws = (indices, jax.random.split(noise_key, shape))
         state, infos = jax.lax.scan(body, state._replace(key=key), draws)
-        return state, jax.tree.map(jnp.mean, infos) | {"n": state.threshold.n}
+        means = dict(zip(names, infos.mean(axis=0), strict=True))
+        return state, means | {"n": state.threshold.n}
 
     return over_seeds(one_seed, state, data.trusted)
 
