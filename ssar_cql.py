@@ -178,7 +178,8 @@ def layer_norm_backward(saved, grad):
     along = unit * (scaled * unit).mean(axis=-1, keepdims=True)
     rows = tuple(range(grad.ndim - 1))
     grad_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - along)
-    return grad_x, (grad * unit).sum(axis=rows), grad.sum(axis=rows)
+    sums = jnp.stack([grad * unit, grad]).sum(axis=tuple(range(1, grad.ndim)))
+    return grad_x, sums[0], sums[1]
 
 
 layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
