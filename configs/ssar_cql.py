@@ -78,7 +78,8 @@ def defaults():
     c.max_target_backup = False
     c.backup_entropy = False
     c.bc_weight = 0.0
-    c.block_size = 32  # rows of a batch whose sampled actions are scored at once
+    # rows whose sampled actions are scored at once: None is 32 on a CPU, elsewhere the whole batch
+    c.block_size = config_dict.placeholder(int)
 
     # the coefficient β_φ and its threshold C_n
     c.coefficient = "adaptive"  # adaptive | fixed (plain CQL)

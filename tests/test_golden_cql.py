@@ -15,6 +15,8 @@ from golden_cases import (
     find_cases,
     flatten,
     load_case,
+    members,
+    pack,
 )
 
 import ssar_cql as ssar
@@ -57,8 +59,11 @@ def golden_config(hp):
 
 def golden_state(params, config, dtype):
     """A TrainState that starts from the authors' networks."""
-    nets = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    nets = {name: pack(net) for name, net in params.items()}
+    nets = jax.tree.map(lambda x: jnp.asarray(x, dtype), nets)
     pair = (nets["critic_1"], nets["critic_2"])
+    if len(set(config.critic_layers)) == 1:
+        pair = jax.tree.map(lambda a, b: jnp.stack([a, b]), *pair)
     log_alpha, log_alpha_prime = jnp.zeros((), dtype), jnp.ones((), dtype)
     actor_adam, critic_adam, coefficient_adam = ssar.optimizers(config)
     return ssar.TrainState(
@@ -82,7 +87,7 @@ def golden_state(params, config, dtype):
 
 def first_moments(state):
     """Adam's running gradient means, by the fixture's names."""
-    first, second = adam_means(state.critic_opt)
+    first, second = members(adam_means(state.critic_opt))
     return (
         flatten("actor", adam_means(state.actor_opt))
         | flatten("critic_1", first)
@@ -96,8 +101,8 @@ def first_moments(state):
 def parameters(state):
     found = flatten("actor", state.actor) | flatten("beta", state.coefficient)
     for i in range(2):
-        found |= flatten(f"critic_{i + 1}", state.critic[i])
-        found |= flatten(f"critic_{i + 1}_target", state.target_critic[i])
+        found |= flatten(f"critic_{i + 1}", members(state.critic)[i])
+        found |= flatten(f"critic_{i + 1}_target", members(state.target_critic)[i])
     found |= flatten("log_alpha", state.log_alpha)
     return found | flatten("log_alpha_prime", state.log_alpha_prime)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import find_cases, iql_parameters, load_case
+from golden_cases import find_cases, iql_parameters, load_case, pack
 
 import ssar_cql
 import ssar_td3bc
@@ -20,10 +20,9 @@ def test_iql_reproduces_the_authors(path, dtype, ssar):
     config.update(expectile=hp["iql_tau"], discount=hp["discount"], target_update_rate=hp["tau"])
     rtol = 1e-6 if dtype == "float64" else 2e-5
     with jax.enable_x64(dtype == "float64"):
-        nets = jax.tree.map(lambda x: jnp.asarray(x, dtype), iql_parameters())
-        pair = (nets["qf1"], nets["qf2"])
-        if ssar is ssar_td3bc:
-            pair = jax.tree.map(lambda a, b: jnp.stack([a, b]), *pair)
+        nets = {name: pack(net) for name, net in iql_parameters().items()}
+        nets = jax.tree.map(lambda x: jnp.asarray(x, dtype), nets)
+        pair = jax.tree.map(lambda a, b: jnp.stack([a, b]), nets["qf1"], nets["qf2"])
         adam = ssar.iql_adam
         state = ssar.IQLState(
             nets["vf"], pair, pair, adam.init(nets["vf"]), adam.init(pair), jax.random.key(0)

@@ -15,6 +15,8 @@ from golden_cases import (
     find_cases,
     flatten,
     load_case,
+    members,
+    pack,
     td3_parameters,
 )
 
@@ -50,7 +52,8 @@ def golden_config(hp):
 
 def golden_state(params, config, dtype):
     """A TrainState that starts from the authors' networks."""
-    nets = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    nets = {name: pack(net) for name, net in params.items()}
+    nets = jax.tree.map(lambda x: jnp.asarray(x, dtype), nets)
     pair = jax.tree.map(lambda a, b: jnp.stack([a, b]), nets["critic_1"], nets["critic_2"])
     actor_adam, critic_adam, coefficient_adam = ssar.optimizers(config)
     return ssar.TrainState(
@@ -82,7 +85,7 @@ def by_name(name, params):
     if "critic" not in name:
         return flatten(name, params)
     suffix = name.removeprefix("critic")
-    first, second = (jax.tree.map(lambda x, i=i: x[i], params) for i in range(2))
+    first, second = members(params)
     return flatten(f"critic_1{suffix}", first) | flatten(f"critic_2{suffix}", second)
 
 

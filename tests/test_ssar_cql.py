@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from golden_cases import members
 from toys import ACTION, OBS, arrays, one, same_bits, tiny_config, toy_batch, toy_states
 
 import ssar_cql as ssar
@@ -52,7 +53,7 @@ def plain_critic_loss(pair, state, batch, noise, weight, config):
     q_values = jax.vmap(ssar.critic, (None, None, 1), 1)  # one action of every row at a time
 
     next_action, next_log_prob = draw(batch.next_obs, noise.target_action)
-    both = [q_values(params, batch.next_obs, next_action) for params in state.target_critic]
+    both = [q_values(params, batch.next_obs, next_action) for params in members(state.target_critic)]
     next_q = jnp.minimum(*both)
     best = jnp.argmax(next_q, axis=1)
     rows = jnp.arange(len(best))
@@ -61,7 +62,7 @@ def plain_critic_loss(pair, state, batch, noise, weight, config):
         next_q[rows, best] - entropy
     )
     loss = 0.0
-    for params in pair:
+    for params in members(pair):
         q = ssar.critic(params, batch.obs, batch.action)
         loss += ((q - target) ** 2).mean()
         scores = []
@@ -89,6 +90,7 @@ def plain_critic_loss(pair, state, batch, noise, weight, config):
     "overrides",
     [
         {},
+        {"block_size": 32},
         {"block_size": 5, "importance_sample": False, "clip_diff_min": 2.31},
         {"block_size": 64, "cql_temperature": 0.5, "backup_entropy": True},
         {"lagrange": True, "target_action_gap": 0.8, "max_target_backup": True,
@@ -102,7 +104,7 @@ def test_blocks_of_trusted_rows_equal_the_plain_regulariser(overrides):
     state, batch = one(states(config, [0])), toy_batch()
     with jax.enable_x64(True):
         state, batch = double(state), double(batch)
-        scale = lambda leaf: 3 * leaf if leaf.ndim == 2 and leaf.shape[1] == 1 else leaf
+        scale = lambda leaf: 3 * leaf if leaf.shape[-1] == 1 else leaf  # last kernels
         state = state._replace(critic=jax.tree.map(scale, state.critic))  # a Q worth regularising
         noise = double(ssar.sample_noise(jax.random.key(1), batch, config))
         policy = ssar.actor(state.actor, batch.obs)
@@ -191,9 +193,8 @@ def test_proposition_3_1():
         counted_once = jnp.zeros((6, len(grid)))  # a sum over all actions: no density to divide by
 
         def regulariser(pair):
-            return ssar.regulariser(
-                pair, obs, grid[taken], every, counted_once, jnp.ones(6), config
-            )
+            actions = jnp.concatenate([grid[taken][:, None], every], axis=1)
+            return ssar.regulariser(config, pair, obs, actions, counted_once, jnp.ones(6))
 
         def cloning(pair):
             log_policy = jax.nn.log_softmax(ssar.critics(pair, obs, every), axis=-1)
@@ -299,9 +300,8 @@ def test_extreme_actions_and_policies_leave_no_nan():
     batch = batch._replace(action=batch.action.at[:8].set(1.0).at[8:16].set(-1.0))
     update = jitted_update(config)
     for scale in (1.0, 1e4):  # ordinary, and saturated with σ at either end of its range
-        kernel = scale * state.actor["layers_3"]["kernel"]
-        layer = {"kernel": kernel, "bias": state.actor["layers_3"]["bias"]}
-        changed = state._replace(actor=state.actor | {"layers_3": layer})
+        last = {"kernel_3": scale * state.actor["kernel_3"]}
+        changed = state._replace(actor=state.actor | last)
         for i in range(4):
             noise = ssar.sample_noise(jax.random.key(i), batch, config)
             changed, info = update(changed, batch, noise)
@@ -355,8 +355,8 @@ def test_batched_seeds_equal_single_seeds_and_differ(config):
     for leaf in jax.tree.leaves((together.actor, together.critic, together.coefficient)):
         if leaf.ndim > 1:
             assert not np.array_equal(leaf[0], leaf[1])
-    first, second = together.critic
-    assert not np.array_equal(first["layers_0"]["kernel"], second["layers_0"]["kernel"])
+    pair = together.critic["kernel_0"][0]
+    assert not np.array_equal(pair[0], pair[1])  # the two critics of one seed
     again, _ = ssar.train_interval(
         states(config, [5, 6, 7]), data._replace(trusted=trusted), config
     )
@@ -367,8 +367,8 @@ def test_interval_donates_its_state(config):
     data = toy_batch(rows=200)._replace(trusted=jnp.ones((1, 200)))
     state = states(config, [0])
     ssar.train_interval(state, data, config)
-    for pair in (state.critic, state.target_critic):
-        assert all(params["layers_1"]["kernel"].is_deleted() for params in pair)
+    assert state.critic["kernel_1"].is_deleted()
+    assert state.target_critic["kernel_1"].is_deleted()
 
 
 # ----------------------------------------------------------------------- who influences what
@@ -466,11 +466,11 @@ def test_initial_networks_are_the_authors():
     mean, log_std = ssar.actor(state.actor, batch.obs)
     assert abs(mean).max() < 0.05
     np.testing.assert_allclose(log_std, -1, atol=0.05)
-    assert [sum(name.startswith("layers") for name in params) for params in state.critic] == [5, 4]
+    assert [sum(name.startswith("kernel") for name in params) for params in state.critic] == [5, 4]
     for params in state.critic:
-        kernel = params["layers_1"]["kernel"]
+        kernel = params["kernel_1"]
         np.testing.assert_allclose(kernel.T @ kernel, 2 * np.eye(64), atol=1e-4)
-        last = params[f"layers_{len(params) // 2}"]["kernel"]
+        last = params[f"kernel_{len(params) - 2}"]
         np.testing.assert_allclose(jnp.linalg.norm(last), 0.01, rtol=1e-4)
     assert same_bits(state.critic, state.target_critic)
     assert (float(state.log_alpha), float(state.log_alpha_prime)) == (0, 1)
