@@ -176,9 +176,8 @@ def layer_norm_backward(saved, grad):
     unit, inverse, scale = saved
     scaled = grad * scale
     along = unit * (scaled * unit).mean(axis=-1, keepdims=True)
-    rows = tuple(range(grad.ndim - 1))
     grad_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - along)
-    sums = jnp.stack([grad * unit, grad]).sum(axis=tuple(range(1, grad.ndim)))
+    sums = jnp.stack([grad * unit, grad]).sum(axis=tuple(range(1, grad.ndim)))  # one kernel
     return grad_x, sums[0], sums[1]
 
 
@@ -211,8 +210,9 @@ class MLP(nn.Module):
 
     def init_vector(self, key, in_dim):
         """Biases, and LayerNorms that change nothing."""
-        keys, fan_in = jax.random.split(key, len(self.widths)), (in_dim, *self.widths)
-        biases = [uniform(key, (b,), a) for key, a, b in zip(keys, fan_in, self.widths)]
+        keys, fan_in = jax.random.split(key, len(self.widths)), (in_dim, *self.widths[:-1])
+        layers = zip(keys, self.widths, fan_in, strict=True)
+        biases = [uniform(key, (width,), fan_in) for key, width, fan_in in layers]
         hidden = sum(self.widths[:-1]) if self.layer_norm else 0
         return jnp.concatenate([*biases, jnp.ones(hidden), jnp.zeros(hidden)])
 
@@ -258,7 +258,7 @@ def critic(params, obs, action):
 
 
 def critics(pair, obs, action):
-    """Both Q: [B, O], [B, A] -> [2, B]; or [B, K, A] -> [2, B, K]. Of one depth they are stacked."""
+    """Both Q: [B, O], [B, A] -> [2, B]; or [B, K, A] -> [2, B, K]."""
     if isinstance(pair, tuple):
         return jnp.stack([critic(params, obs, action) for params in pair])
     # Inputs repeated, as to share them would cost copies from layout to layout.
@@ -509,8 +509,8 @@ def critic_loss(params, state, batch, noise, distribution, weight, config):
     chex.assert_equal_shape([target, q[0], weight])
     td_loss = sum(jnp.square(q - target).mean(axis=1))
     loss = td_loss + multiplier(state.log_alpha_prime, config) * penalty
-    info = {"critic_loss": loss, "td_loss": td_loss, "regulariser": penalty, "q1": q.mean(axis=1)[0]}
-    return loss, info
+    q1 = q.mean(axis=1)[0]
+    return loss, {"critic_loss": loss, "td_loss": td_loss, "regulariser": penalty, "q1": q1}
 
 
 def scored_actions(distribution, next_distribution, batch, noise):

@@ -156,9 +156,8 @@ def layer_norm_backward(saved, grad):
     unit, inverse, scale = saved
     scaled = grad * scale
     along = unit * (scaled * unit).mean(axis=-1, keepdims=True)
-    rows = tuple(range(grad.ndim - 1))
     grad_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - along)
-    sums = jnp.stack([grad * unit, grad]).sum(axis=tuple(range(1, grad.ndim)))
+    sums = jnp.stack([grad * unit, grad]).sum(axis=tuple(range(1, grad.ndim)))  # one kernel
     return grad_x, sums[0], sums[1]
 
 
@@ -191,8 +190,9 @@ class MLP(nn.Module):
 
     def init_vector(self, key, in_dim):
         """Biases, and LayerNorms that change nothing."""
-        keys, fan_in = jax.random.split(key, len(self.widths)), (in_dim, *self.widths)
-        biases = [uniform(key, (b,), a) for key, a, b in zip(keys, fan_in, self.widths)]
+        keys, fan_in = jax.random.split(key, len(self.widths)), (in_dim, *self.widths[:-1])
+        layers = zip(keys, self.widths, fan_in, strict=True)
+        biases = [uniform(key, (width,), fan_in) for key, width, fan_in in layers]
         hidden = sum(self.widths[:-1]) if self.layer_norm else 0
         return jnp.concatenate([*biases, jnp.ones(hidden), jnp.zeros(hidden)])
 

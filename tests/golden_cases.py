@@ -144,8 +144,7 @@ def unpack(params):
     has_norms = params["vector"].size > sum(widths)
     pieces = iter(np.split(params["vector"], np.cumsum(widths + has_norms * 2 * widths[:-1])))
     net = {
-        f"layers_{i}": {"kernel": params[f"kernel_{i}"], "bias": next(pieces)}
-        for i in range(depth)
+        f"layers_{i}": {"kernel": params[f"kernel_{i}"], "bias": next(pieces)} for i in range(depth)
     }
     for part in ("scale", "bias") if has_norms else ():
         for i in range(depth - 1):

@@ -53,7 +53,9 @@ def plain_critic_loss(pair, state, batch, noise, weight, config):
     q_values = jax.vmap(ssar.critic, (None, None, 1), 1)  # one action of every row at a time
 
     next_action, next_log_prob = draw(batch.next_obs, noise.target_action)
-    both = [q_values(params, batch.next_obs, next_action) for params in members(state.target_critic)]
+    both = [
+        q_values(params, batch.next_obs, next_action) for params in members(state.target_critic)
+    ]
     next_q = jnp.minimum(*both)
     best = jnp.argmax(next_q, axis=1)
     rows = jnp.arange(len(best))
