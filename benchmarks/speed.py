@@ -28,6 +28,7 @@ import ml_collections
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import compile_for
 import configs.ssar_cql
 import configs.ssar_td3bc
 import ssar_cql
@@ -229,6 +230,18 @@ def measure(case, seeds, rate):
     }
 
 
+def compiled_for(device, out):
+    """What XLA makes of the loops for a device that is not there."""
+    cases = {
+        "td3bc": (ssar_td3bc, td3bc_gflop, {}),
+        "cql": (ssar_cql, cql_gflop, {"block_size": 256}),
+    }
+    report = compile_for.report(device, cases, make_config, make_data, make_state)
+    if out:
+        with open(out, "w") as file:
+            json.dump({"device": device} | report, file, indent=2)
+
+
 def main(out):
     rate = matmul_rate()
     report = {"device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}"}
@@ -244,4 +257,12 @@ def main(out):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="also write the report to this file")
-    main(parser.parse_args().out)
+    parser.add_argument(
+        "--compile-for", choices=[*compile_for.DEVICES], help="count kernels instead of seconds"
+    )
+    args = parser.parse_args()
+    if args.compile_for:
+        compile_for.prepare(args.compile_for)
+        compiled_for(args.compile_for, args.out)
+    else:
+        main(args.out)
