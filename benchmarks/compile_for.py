@@ -8,6 +8,7 @@ Needs the compilers of requirements-compilers.txt, and for the GPU `ptxas` on th
 import os
 import re
 import shutil
+from functools import partial
 from typing import NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -25,15 +26,16 @@ class Device(NamedTuple):
 DEVICES = {"h100": Device(67, 3352, 2.0), "tpu-v5e": Device(197 / 6, 819, 0.0)}
 
 # Not kernels: names for buffers, or (async) halves that are counted once, where they start.
-FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id",
-        "opt-barrier", "async-done", "copy-done", "async-update",
-        "all-reduce-done"}  # fmt: skip
+FREE = set(
+    "parameter tuple get-tuple-element bitcast constant after-all partition-id opt-barrier "
+    "async-done async-update copy-done".split()
+)
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
          "u64": 8, "f64": 8}  # fmt: skip
 
 
 def prepare(device):
-    """Before JAX looks for devices: its own is the CPU; and no autotuning, which would need the GPU."""
+    """Before JAX looks for devices: its own is the CPU. Autotuning would need the GPU."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -198,8 +200,8 @@ def report(device, cases, make_config, make_data, make_state):
             config = make_config(
                 case, num_seeds=seeds, eval_interval=200, online_steps=250_000, **settings
             )
-            data = jax.eval_shape(lambda seeds=seeds: make_data(script, seeds))
-            state = jax.eval_shape(lambda config=config: make_state(script, config))
+            data = jax.eval_shape(partial(make_data, script, num_seeds=seeds))
+            state = jax.eval_shape(partial(make_state, script, config))
             for name, program, args, keywords, updates in programs(script, state, data, config):
                 counts = examine(program, args, keywords, args[0], updates, sharding)
                 work = gflop(config) * seeds if name != "iql" else 0

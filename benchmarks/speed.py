@@ -1,23 +1,28 @@
 """Speed of the training loops, as a share of what this machine's matrix products reach.
 
-    python benchmarks/speed.py [--out=speed.json]
+    python benchmarks/speed.py [--out=speed.json] [--quick]
+    python benchmarks/speed.py --compile-for=h100
 
 For either script at the paper's sizes (batch 256, 17 observations, 6 actions): seconds to compile,
-updates a second, the float32 matmul rate of the same process, the useful arithmetic as a share of
-it, and the cost of more seeds. `cql` scores every row's sampled actions; `cql_trusted37` those of
-the 37 % that are trusted alone, with the arithmetic of all counted still. `online` is the loop of
-`finetune` in Walker2d, a step of the environment and an update in turns: environment steps a
-second, and of the loop's time the share inside the environment (env_share), the share outside both
-the environment and the compiled update (host_share), and what a call of that update costs over the
-same update in a scan (call_share). Within a case, whatever is compared is timed in
-turns, so that a machine whose speed drifts slows all alike; medians are reported. Compare ratios,
-not seconds.
+updates a second, the float32 rate of the same process at products of the same shapes, and the
+useful arithmetic as a share of it, matmul_ratio. `cql` scores every row's sampled actions;
+`cql_trusted37` those of the 37 % that are trusted alone, with the arithmetic of all counted still.
+`growth` is the time of an update with more data, seeds, rows in a batch and dimensions of the
+actions, relative to the least (--quick leaves it out). `online` is the loop of `finetune` in
+Walker2d, a step of the environment and an update in turns: environment steps a second, and of the
+loop's time the share inside the environment (env_share), the share outside both the environment and
+the compiled update (host_share), and what a call of that update costs over the same update in a
+scan (call_share). Within a case, whatever is compared is timed in turns, so that a machine whose
+speed drifts slows all alike; medians are reported. Compare ratios, not seconds. --out also draws a
+picture beside the report. --compile-for counts kernels on a device that is not there instead: see
+compile_for.py.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import resource
 import sys
 import time
 
@@ -29,6 +34,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import compile_for
+
 import configs.ssar_cql
 import configs.ssar_td3bc
 import ssar_cql
@@ -45,20 +51,20 @@ def mlp_macs(*widths):
     return sum(layers), sum(layers), sum(layers[1:])
 
 
-def td3bc_gflop(config):
+def td3bc_gflop(config, action=ACTION):
     """Multiply-adds that one TD3+BC(SA) update cannot do without, times two, a batch at a time."""
-    actor = mlp_macs(OBS, *config.hidden_dims, ACTION)
-    critic = mlp_macs(OBS + ACTION, *config.hidden_dims, 1)
+    actor = mlp_macs(OBS, *config.hidden_dims, action)
+    critic = mlp_macs(OBS + action, *config.hidden_dims, 1)
     beta = mlp_macs(OBS, *config.coefficient_hidden_dims, 1)
     every = actor[0] + 2 * critic[0] + 2 * sum(critic)  # targets forward; critics forward and back
     delayed = sum(actor) + 2 * critic[0] + sum(beta)  # Q_1 forward and back to the action
     return 2 * config.batch_size * (every + delayed / config.policy_freq) / 1e9
 
 
-def cql_gflop(config):
+def cql_gflop(config, action=ACTION):
     """The same of one CQL(SA) update: 14.5 at the paper's sizes, 12.5 of them the regulariser's."""
-    actor = mlp_macs(OBS, *config.hidden_dims, 2 * ACTION)
-    critic = mlp_macs(OBS + ACTION, *config.hidden_dims, 1)
+    actor = mlp_macs(OBS, *config.hidden_dims, 2 * action)
+    critic = mlp_macs(OBS + action, *config.hidden_dims, 1)
     beta = mlp_macs(OBS, *config.coefficient_hidden_dims, 1)
     policy = sum(actor) + 2 * actor[0] + 4 * critic[0]  # π at s and s', and at s after its step
     td_error = 2 * critic[0] + 2 * sum(critic)
@@ -66,54 +72,69 @@ def cql_gflop(config):
     return 2 * config.batch_size * (policy + td_error + regulariser + sum(beta)) / 1e9
 
 
-# What is measured: the script, its settings, the arithmetic of an update, updates in a round.
+# What is measured: the script, its settings, the arithmetic of an update, updates in a round, and
+# the products that most of it is in: their shares, and shapes (networks, rows, inputs, outputs).
+REGULARISER = (0.87, (2, 32 * 31, 256, 256))
 CASES = {
-    "td3bc": (ssar_td3bc, configs.ssar_td3bc, {}, td3bc_gflop, 200),
-    "cql": (ssar_cql, configs.ssar_cql, {"loosen_bound": False}, cql_gflop, 10),
-    "cql_trusted37": (ssar_cql, configs.ssar_cql, {}, cql_gflop, 10),
+    "td3bc": (ssar_td3bc, configs.ssar_td3bc, {}, td3bc_gflop, 200,
+              [(0.5, (1, 256, 512, 512)), (0.4, (2, 256, 256, 256)), (0.1, (1, 256, 256, 256))]),
+    "cql": (ssar_cql, configs.ssar_cql, {"loosen_bound": False}, cql_gflop, 10,
+            [REGULARISER, (0.06, (1, 256, 512, 512)), (0.07, (2, 256, 256, 256))]),
+    "cql_trusted37": (ssar_cql, configs.ssar_cql, {}, cql_gflop, 10,
+                      [REGULARISER, (0.06, (1, 256, 512, 512)), (0.07, (2, 256, 256, 256))]),
+}  # fmt: skip
+
+# What grows, from the paper's size where it is that.
+GROWTH = {
+    "rows": (10_000, 100_000, 1_000_000, 2_000_000),
+    "seeds": (1, 2, 4, 8),
+    "batch": (256, 1024, 4096),
+    "actions": (4, 8, 16, 32),
 }
 
 
 def make_config(case, **overrides):
     """The settings of a case."""
-    _, settings, own, _, _ = CASES[case]
+    _, settings, own, *_ = CASES[case]
     config = settings.get_config("hopper-medium-v2")
     config.update(**own, **overrides)
     return ml_collections.FrozenConfigDict(config)
 
 
-def make_data(script, num_seeds):
-    """Transitions of random numbers, [ROWS, ...]."""
+def make_data(script, num_seeds, rows=ROWS, action=ACTION):
+    """Transitions of random numbers, [rows, ...]."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
     return script.Transition(
-        obs=normal(ROWS, OBS),
-        action=jnp.tanh(normal(ROWS, ACTION)),
-        reward=normal(ROWS),
-        next_obs=normal(ROWS, OBS),
-        terminated=jnp.zeros(ROWS),
-        trusted=jnp.asarray(rng.random((num_seeds, ROWS)) < TRUSTED, jnp.float32),
+        obs=normal(rows, OBS),
+        action=jnp.tanh(normal(rows, action)),
+        reward=normal(rows),
+        next_obs=normal(rows, OBS),
+        terminated=jnp.zeros(rows),
+        trusted=jnp.asarray(rng.random((num_seeds, rows)) < TRUSTED, jnp.float32),
     )
 
 
-def make_state(script, config):
+def make_state(script, config, action=ACTION):
     """The state of every seed."""
     keys = jnp.stack([jax.random.key(seed) for seed in range(config.num_seeds)])
-    return jax.jit(jax.vmap(lambda key: script.init_state(key, OBS, ACTION, config)))(keys)
+    return jax.jit(jax.vmap(lambda key: script.init_state(key, OBS, action, config)))(keys)
 
 
 class Loop:
-    """A compiled training interval with its state."""
+    """A compiled training interval with its state; what grows may be given."""
 
-    def __init__(self, case, num_seeds):
-        script, _, _, gflop, self.updates = CASES[case]
-        config = make_config(case, eval_interval=self.updates, num_seeds=num_seeds)
-        self.data, self.state = make_data(script, num_seeds), make_state(script, config)
+    def __init__(self, case, rows=ROWS, seeds=1, batch=256, actions=ACTION):
+        script, _, _, gflop, updates, _ = CASES[case]
+        self.updates = max(updates // max(batch // 256, seeds), 2)
+        config = make_config(case, eval_interval=self.updates, num_seeds=seeds, batch_size=batch)
+        self.data = make_data(script, seeds, rows, actions)
+        self.state = make_state(script, config, actions)
         started = time.perf_counter()
         lowered = script.train_interval.lower(self.state, self.data, config=config)
         self.train = lowered.compile()
         self.compile_seconds = time.perf_counter() - started
-        self.gflop = gflop(config)
+        self.gflop = gflop(config, actions)
 
     def seconds(self):
         """Seconds an update of every seed."""
@@ -121,17 +142,24 @@ class Loop:
         self.state, _ = jax.block_until_ready(self.train(self.state, self.data))
         return (time.perf_counter() - started) / self.updates
 
+    def megabytes(self):
+        """What the program holds: its arguments and its temporaries."""
+        memory = self.train.memory_analysis()
+        return (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e6
 
-def matmul_rate(repeats=200):
-    """A timer of float32 products of 256 x 512 by 512 x 512: GFLOP/s."""
-    x, w = jnp.ones((256, 512)), jnp.full((512, 512), 1 / 512)
+
+def matmul_rate(shape):
+    """A timer of float32 products, x [n, rows, k] by w [n, k, m] over and over: GFLOP/s."""
+    networks, rows, k, m = shape
+    x, w = jnp.ones((networks, rows, k)), jnp.full((networks, k, m), 1 / k)
+    repeats = max(1, int(1e10 / (2 * networks * rows * k * m)))
     product = jax.jit(lambda x, w: jax.lax.fori_loop(0, repeats, lambda _, x: x @ w, x))
     product(x, w).block_until_ready()
 
     def measure():
         started = time.perf_counter()
         product(x, w).block_until_ready()
-        return repeats * 2 * 256 * 512 * 512 / (time.perf_counter() - started) / 1e9
+        return repeats * 2 * networks * rows * k * m / (time.perf_counter() - started) / 1e9
 
     return measure
 
@@ -140,7 +168,7 @@ class OnlineLoop:
     """What `finetune` wants of its surroundings; updates alone are timed between two intervals."""
 
     def __init__(self, case):
-        script, _, _, _, updates = CASES[case]
+        script, _, _, _, updates, _ = CASES[case]
         self.steps = 2 * updates
         config = make_config(
             case, online_steps=ROUNDS * self.steps, eval_interval=self.steps, warmup_steps=0,
@@ -207,27 +235,60 @@ class OnlineLoop:
         }
 
 
-def measure(case, seeds, rate):
-    """The report of one case: `seeds` loops and the matmul rate in turns."""
-    loops = {n: Loop(case, n) for n in seeds}
-    seconds, rates = {n: [] for n in seeds}, []
-    for _ in range(ROUNDS):
-        for n, loop in loops.items():
-            seconds[n].append(loop.seconds())
-        rates.append(rate())
-    seconds = {n: np.array(taken[1:]) for n, taken in seconds.items()}  # the first round warms up
-    rates = np.array(rates[1:])
-    gflop = loops[1].gflop
+def measure(case):
+    """The report of one case: its loop and its products in turns."""
+    shares, shapes = zip(*CASES[case][-1], strict=True)
+    loop, timers = Loop(case), [matmul_rate(shape) for shape in shapes]
+    rounds = [(loop.seconds(), *[timer() for timer in timers]) for _ in range(ROUNDS)]
+    seconds, *rates = np.array(rounds[1:]).T  # the first round warms up
+    rate = 1 / sum(share / rate for share, rate in zip(shares, rates, strict=True))
     return {
-        "matmul_ratio": float(np.median(gflop / seconds[1] / rates)),
-        "updates_per_second": float(np.median(1 / seconds[1])),
-        "compile_seconds": loops[1].compile_seconds,
-        "gflop_per_update": gflop,
-        "matmul_gflops": float(np.median(rates)),
-        "seconds_relative_to_one_seed": {
-            str(n): float(np.median(seconds[n] / seconds[1])) for n in seeds
+        "matmul_ratio": float(np.median(loop.gflop / seconds / rate)),
+        "updates_per_second": float(np.median(1 / seconds)),
+        "compile_seconds": loop.compile_seconds,
+        "gflop_per_update": loop.gflop,
+        "matmul_gflops": float(np.median(rate)),
+        "matmul_gflops_by_shape": {
+            " x ".join(map(str, shape)): float(np.median(rate))
+            for shape, rate in zip(shapes, rates, strict=True)
         },
+        "program_megabytes": loop.megabytes(),
     }
+
+
+def measure_growth(case):
+    """{what grows: {size: time of an update relative to the least}}, each group in turns."""
+    report = {}
+    for what, sizes in GROWTH.items():
+        loops = {size: Loop(case, **{what: size}) for size in sizes}
+        rounds = [[loop.seconds() for loop in loops.values()] for _ in range(5)]
+        seconds = np.array(rounds[1:])
+        relative = np.median(seconds / seconds[:, :1], axis=0)
+        report[what] = {str(size): float(x) for size, x in zip(sizes, relative, strict=True)}
+    return report
+
+
+def draw(report, path):
+    """Shares of the matrix-product rate, and growth, as one picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    first, *axes = figure.subplots(1, 1 + len(GROWTH))
+    ratios = [report[case]["matmul_ratio"] for case in CASES]
+    first.bar(list(CASES), ratios, color=["C0", "C1", "C2"])
+    first.set_title("useful arithmetic /\nproduct rate", fontsize=9)
+    first.tick_params(axis="x", labelrotation=20, labelsize=7)
+    for axis, what in zip(axes, GROWTH, strict=True):
+        for i, case in enumerate(CASES):
+            if growth := report[case].get("growth"):
+                sizes = [int(size) for size in growth[what]]
+                axis.loglog(sizes, list(growth[what].values()), "o-", color=f"C{i}", label=case)
+        axis.loglog(sizes, np.array(sizes) / sizes[0], "k:", lw=0.8, label="in proportion")
+        axis.set_xlabel(what)
+    axes[0].set_ylabel("time of an update, relative")
+    axes[0].legend(fontsize=7)
+    figure.suptitle(report["device"], fontsize=9)
+    figure.savefig(path, dpi=120)
 
 
 def compiled_for(device, out):
@@ -242,16 +303,20 @@ def compiled_for(device, out):
             json.dump({"device": device} | report, file, indent=2)
 
 
-def main(out):
-    rate = matmul_rate()
-    report = {"device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}"}
+def main(out, quick):
+    device = jax.devices()[0]
+    report = {"device": f"{device.platform}: {device.device_kind}, {os.cpu_count()} cores"}
     for case in CASES:
-        report[case] = measure(case, seeds=(1, 2, 4) if case == "td3bc" else (1, 2), rate=rate)
-        report[case]["online"] = OnlineLoop(case).report()
+        report[case] = measure(case) | {"online": OnlineLoop(case).report()}
+        if not quick:
+            report[case]["growth"] = measure_growth(case)
         print(json.dumps({case: report[case]}, indent=2), flush=True)
+    report["peak_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     if out:
         with open(out, "w") as file:
             json.dump(report, file, indent=2)
+        if not quick:
+            draw(report, os.path.splitext(out)[0] + ".png")
 
 
 if __name__ == "__main__":
@@ -260,9 +325,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "--compile-for", choices=[*compile_for.DEVICES], help="count kernels instead of seconds"
     )
+    parser.add_argument("--quick", action="store_true", help="leave out what grows")
     args = parser.parse_args()
     if args.compile_for:
         compile_for.prepare(args.compile_for)
         compiled_for(args.compile_for, args.out)
     else:
-        main(args.out)
+        main(args.out, args.quick)
