@@ -136,6 +136,26 @@ def uniform(key, shape, fan_in):
     return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
 
 
+def product(x, kernel):
+    """x @ kernel, [B, I] and [I, J], in the precision that JAX is set to: `matmul_precision`."""
+    if jax.config.jax_default_matmul_precision == "bfloat16":
+        return bfloat16_product(x, kernel)
+    return x @ kernel
+
+
+@jax.custom_vjp
+def bfloat16_product(x, kernel):
+    """Operands rounded to bfloat16 and sums in float32, in the gradients' products too."""
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+bfloat16_product.defvjp(
+    lambda x, kernel: (bfloat16_product(x, kernel), (x, kernel)),
+    lambda saved, grad: (bfloat16_product(grad, saved[1].T), bfloat16_product(saved[0].T, grad)),
+)
+
+
 @jax.custom_vjp
 def layer_norm(x, scale, offset):
     """LayerNorm over the last axis. The derived backward pass would go over `x` more often."""
@@ -180,8 +200,8 @@ class MLP(nn.Module):
         vector = self.param("vector", self.init_vector, x.shape[-1])
         pieces = jnp.split(vector, np.cumsum(sizes)[:-1])
         for i, width in enumerate(self.widths):
-            x = x @ self.param(f"kernel_{i}", uniform, (x.shape[-1], width), x.shape[-1])
-            x += pieces[i]
+            kernel = self.param(f"kernel_{i}", uniform, (x.shape[-1], width), x.shape[-1])
+            x = product(x, kernel) + pieces[i]
             if i < depth - 1:
                 if self.layer_norm:
                     x = layer_norm(x, scale=pieces[depth + i], offset=pieces[2 * depth - 1 + i])
@@ -222,8 +242,9 @@ def critics(pair, obs, action):
 
 
 def coefficient(params, obs, config):
-    """β_φ(s): [B, O] -> [B], in (0, 1.5 β_init)."""
-    return 1.5 * config.coefficient_init * nn.sigmoid(forward(params, obs)[..., 0])
+    """β_φ(s): [B, O] -> [B], in (0, 1.5 β_init); float32 always, as its steps are that fine."""
+    with jax.default_matmul_precision("float32"):
+        return 1.5 * config.coefficient_init * nn.sigmoid(forward(params, obs)[..., 0])
 
 
 def init_mlp(key, in_dim, widths, layer_norm=False):
@@ -848,6 +869,7 @@ def main(config, workdir=None):
     workdir = workdir or f"runs/ssar_td3bc/{config.task}/{config.seed}{phase}"
     check_config(config)
     check_workdir(workdir, config.offline_checkpoint)
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     dataset = load_dataset(
         config.dataset,
         config.dataset_path,

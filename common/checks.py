@@ -14,6 +14,7 @@ CHOICES = {
     "anneal": ("linear", "cosine", "none"),
     "buffer_init": ("all", "half", "part", "none"),
     "physics": (None, "d4rl", "stock"),
+    "matmul_precision": ("float32", "bfloat16"),
     "d4rl_rows": ("all", "qlearning"),
 }
 AT_LEAST_ONE = """num_seeds eval_interval eval_episodes batch_size policy_freq new_policy_freq

@@ -4,7 +4,6 @@ import importlib
 import os
 import sys
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -45,8 +44,6 @@ def run(main, name: str) -> None:
         def start(_):
             started.append(True)
             logging.set_verbosity(logging.WARNING)
-            # TF32 and bfloat16 products, an accelerator's default, are too coarse for β_φ's steps.
-            jax.config.update("jax_default_matmul_precision", "float32")
             given = config_flags.get_override_values(flags.FLAGS["config"])
             if config.value.offline_checkpoint and not flags.FLAGS["config"].present:
                 restore_settings(config.value, given)

@@ -61,6 +61,7 @@ def defaults():
     c.cache_dir = "~/.cache/ssar-jax"  # IQL labels, flat copies of Minari data
 
     # CQL
+    c.matmul_precision = "float32"  # or bfloat16: operands of all products but β_φ's
     c.batch_size = 256
     c.discount = 0.99
     c.target_update_rate = 0.005

@@ -8,12 +8,13 @@ import ml_collections
 import numpy as np
 import pytest
 from jax import export
-from toys import tiny_config, toy_batch, toy_states
+from toys import one, same_bits, tiny_config, toy_batch, toy_states
 
 import ssar_cql
 import ssar_td3bc
 
 SEEDS = 2
+both_scripts = pytest.mark.parametrize("ssar", [ssar_td3bc, ssar_cql], ids=["td3bc", "cql"])
 # What waits for the host or moves data there: operations, custom calls, and marks on arguments.
 HOST = re.compile(r"infeed|outfeed|stablehlo\.(send|recv)|callback|host|annotate_device_placement")
 
@@ -76,3 +77,52 @@ def test_a_callback_would_be_found():
     program = jax.jit(lambda x: jax.pure_callback(np.sin, x, x))
     text = program.trace(jnp.ones(3)).lower().as_text()
     assert HOST.search(without_locations(text))
+
+
+@both_scripts
+def test_bfloat16_products_leave_parameters_and_the_coefficient_in_float32(ssar):
+    """Rounded operands in every product but β_φ's; sums, parameters and optimisers in float32."""
+    # no other network has β_φ's width
+    config = tiny_config(script=ssar.__name__, coefficient_hidden_dims=(24, 24, 24))
+    config = ml_collections.FrozenConfigDict(config)
+    state, batch = one(toy_states(config, [0], ssar)), toy_batch()
+    noise = ssar.sample_noise(jax.random.key(1), batch, config)
+    due = {"update_actor": True} if ssar is ssar_td3bc else {}
+    update = lambda state: ssar.update_step(state, batch, noise, config, **due)
+    results = {}
+    for precision in ("float32", "bfloat16"):
+        with jax.default_matmul_precision(precision):
+            new, info = jax.jit(update)(state)
+            beta = jax.jit(lambda params: ssar.coefficient(params, batch.obs, config))
+            text = jax.jit(update).lower(state).as_text()
+        results[precision] = (new, info, beta(state.coefficient), text)
+    exact, rounded = results["float32"], results["bfloat16"]
+    assert same_bits(exact[2], rounded[2])
+    assert [x.dtype for x in jax.tree.leaves(exact[0])] == [
+        x.dtype for x in jax.tree.leaves(rounded[0])
+    ]
+    for name in exact[1]:  # close, and not the same
+        np.testing.assert_allclose(exact[1][name], rounded[1][name], rtol=0.05, atol=0.02)
+    assert float(exact[1]["q1"]) != float(rounded[1]["q1"])
+    products = re.findall(r"dot_general.*?: \((.*?)\) -> (tensor<\S+>)", rounded[3])
+    wide = [shapes for shapes in products if "bf16" not in shapes[0]]
+    assert 0 < len(wide) < len(products)
+    assert all(out.endswith("f32>") for _, out in products)
+    assert "bf16" not in exact[3]
+    assert all("24x" in operands or "x24" in operands for operands, _ in wide)  # β_φ's alone
+
+
+@both_scripts
+def test_bfloat16_gradients_are_those_of_the_product(ssar):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((64, 32), (32, 16)))
+    weight = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        with jax.default_matmul_precision(precision):
+            loss = lambda x, kernel: (weight * ssar.product(x, kernel)).sum()
+            gradients[precision] = jax.grad(loss, argnums=(0, 1))(x, kernel)
+    for exact, rounded in zip(gradients["float32"], gradients["bfloat16"], strict=True):
+        assert rounded.dtype == jnp.float32
+        assert not same_bits(exact, rounded)
+        np.testing.assert_allclose(rounded, exact, atol=0.02 * float(abs(exact).max()))

@@ -205,6 +205,7 @@ def test_impossible_settings_are_named(overrides, words):
         ({"target_action_gap": float("inf")}, "target_action_gap=inf must lie between"),
         ({"cql_alpha": -1.0}, "coefficient_init=-1.0 (cql_alpha) must lie between 0"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
+        ({"matmul_precision": "tf32"}, "matmul_precision=tf32"),
     ],
 )
 def test_impossible_cql_settings_are_named(overrides, words):
