@@ -74,6 +74,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from common.checkpoint import load_offline, save_checkpoint
 from common.checks import InputError, check_config, check_workdir
@@ -341,11 +342,39 @@ def descend(loss, params, optimizer, opt_state, *args):
     return optax.apply_updates(params, updates), opt_state, info
 
 
-def over_seeds(one_seed, *args):
-    """vmap over the seed axis; one seed runs unbatched, as a batch of one slows XLA's CPU code."""
-    if len(jax.tree.leaves(args)[0]) == 1:
-        return jax.tree.map(lambda x: x[None], one_seed(*jax.tree.map(lambda x: x[0], args)))
-    return jax.vmap(one_seed)(*args)
+def over_seeds(one_seed, shared, *args):
+    """one_seed(shared, *args) under vmap over the seed axis of `args`; with a mesh, on its devices.
+
+    One seed runs unbatched, as a batch of one slows XLA's CPU code.
+    """
+
+    def seeds_of_device(shared, *args):
+        if len(jax.tree.leaves(args)[0]) == 1:
+            alone = jax.tree.map(lambda x: x[0], args)
+            return jax.tree.map(lambda x: x[None], one_seed(shared, *alone))
+        return jax.vmap(partial(one_seed, shared))(*args)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return seeds_of_device(shared, *args)
+    seeds, everywhere = PartitionSpec("seeds"), PartitionSpec()
+    specs = (everywhere, *[seeds] * len(args))
+    run = jax.shard_map(seeds_of_device, in_specs=specs, out_specs=seeds, check_vma=False)
+    return run(shared, *args)
+
+
+def use_devices(num_seeds):
+    """Sets JAX's mesh to as many devices as share the seeds evenly; one device needs no mesh."""
+    count = max(n for n in range(1, jax.device_count() + 1) if num_seeds % n == 0)
+    if count > 1:
+        kinds = (jax.sharding.AxisType.Auto,)
+        devices = jax.devices()[:count]
+        jax.set_mesh(jax.make_mesh((count,), ("seeds",), axis_types=kinds, devices=devices))
+
+
+def on_devices(tree, *axes):
+    """`tree` on every device of the mesh, or, with "seeds", on each its share of the seed axis."""
+    mesh = jax.sharding.get_mesh()
+    return tree if mesh.empty else jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def take(data, rows):
@@ -423,7 +452,7 @@ def iql_step(state, batch, config):
 def iql_interval(state, data, config, num_updates):
     """`num_updates` IQL updates of every seed in one scan. state [S, ...] is donated."""
 
-    def one_seed(state):
+    def one_seed(data, state):
         key, index_key = jax.random.split(state.key)
         shape = (num_updates, config.batch_size)
         indices = jax.random.randint(index_key, shape, 0, len(data.reward))
@@ -431,7 +460,7 @@ def iql_interval(state, data, config, num_updates):
         state, info = jax.lax.scan(body, state._replace(key=key), indices)
         return state, jax.tree.map(jnp.mean, info)
 
-    return over_seeds(one_seed, state)
+    return over_seeds(one_seed, data, state)
 
 
 @jax.jit
@@ -442,7 +471,7 @@ def select_by_advantage(state, data):
     starts = jnp.minimum(jnp.arange(0, num_rows, size), num_rows - size)  # the last overlaps
     places = starts[:, None] + jnp.arange(size)
 
-    def one_seed(state):
+    def one_seed(data, state):
         def trusted(start):
             # Slices, where mapping over the data would copy them.
             rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), data)
@@ -451,16 +480,15 @@ def select_by_advantage(state, data):
 
         return jnp.zeros(num_rows, bool).at[places].set(jax.lax.map(trusted, starts))
 
-    return over_seeds(one_seed, state)
+    return over_seeds(one_seed, data, state)
 
 
 def label_by_iql(keys, data, config):
     """Trains one IQL a seed for `iql_steps` updates and selects by its advantage. bool [S, N]."""
     # Training splits the same keys: a tag that no split reaches keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(keys)
-    state = jax.vmap(iql_init, in_axes=(0, None, None))(
-        keys, data.obs.shape[1], data.action.shape[1]
-    )
+    sizes = data.obs.shape[1], data.action.shape[1]
+    state = on_devices(jax.vmap(lambda key: iql_init(key, *sizes))(keys), "seeds")
     with progress(config.iql_steps, "iql") as bar:
         while bar.n < config.iql_steps:
             num_updates = min(5_000, config.iql_steps - bar.n)
@@ -834,7 +862,7 @@ def train_interval(state, data, config):
     Returns the state and the interval's mean of every metric, [S] each; n is the last.
     """
 
-    def one_seed(state, trusted):
+    def one_seed(data, state, trusted):
         rows_of_seed = data._replace(trusted=trusted)
         key, index_key, noise_key = jax.random.split(state.key, 3)
         shape = (config.eval_interval,)
@@ -855,7 +883,7 @@ def train_interval(state, data, config):
         means = dict(zip(names, infos.mean(axis=0), strict=True))
         return state, means | {"n": state.threshold.n}
 
-    return over_seeds(one_seed, state, data.trusted)
+    return over_seeds(one_seed, data._replace(trusted=None), state, data.trusted)
 
 
 @jax.jit
@@ -899,7 +927,7 @@ def init_buffer(data, config):
     shape = (config.num_seeds, config.buffer_capacity or config.online_steps)
     row = data._replace(trusted=data.reward)
     rows = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), x.dtype), row)
-    return ReplayBuffer(rows, added=jnp.int32(0))
+    return ReplayBuffer(on_devices(rows, "seeds"), added=on_devices(jnp.int32(0)))
 
 
 @partial(jax.jit, donate_argnames="buffer")
@@ -936,12 +964,12 @@ def explore(actor_params, observations, keys, step):
     step: of the environment, [] i32; every step has a noise of its own.
     """
 
-    def one_seed(params, obs, key):
+    def one_seed(step, params, obs, key):
         mean, log_std = actor(params, obs)
         noise = jax.random.normal(jax.random.fold_in(key, step), mean.shape)
         return jnp.tanh(mean + jnp.exp(log_std) * noise)
 
-    return over_seeds(one_seed, actor_params, observations, keys)
+    return over_seeds(one_seed, step, actor_params, observations, keys)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames=("state", "totals"))
@@ -953,18 +981,26 @@ def online_step(state, totals, buffer, data, config):
     totals: {metric: (sum [S], count [])} of the updates before, donated; this one is added.
     """
 
-    def one_seed(state, stored, trusted):
+    def one_seed(shared, state, stored, trusted):
+        data, added = shared
         key, index_key, noise_key = jax.random.split(state.key, 3)
         rows_of_seed = data._replace(trusted=trusted)
-        batch = sample_batch(index_key, rows_of_seed, stored, buffer.added, config)
+        batch = sample_batch(index_key, rows_of_seed, stored, added, config)
         noise = sample_noise(noise_key, batch, config)
         return update_step(state._replace(key=key), batch, noise, config, online=True)
 
-    state, info = over_seeds(one_seed, state, buffer.rows, data.trusted)
+    shared = (data._replace(trusted=None), buffer.added)
+    state, info = over_seeds(one_seed, shared, state, buffer.rows, data.trusted)
     for name, value in info.items():
         total, count = totals.get(name, (0.0, 0.0))
         totals = totals | {name: (total + value, count + 1)}
     return state, totals
+
+
+def zero_totals(totals):
+    """Zeros for sums [S], which lie where their seeds do, and counts []."""
+    zeros = lambda x: on_devices(jnp.zeros(x.shape, x.dtype), *["seeds"] * x.ndim)
+    return jax.tree.map(zeros, totals)
 
 
 def compile_online(state, buffer, data, keys, config):
@@ -978,7 +1014,7 @@ def compile_online(state, buffer, data, keys, config):
     collect = store.lower(buffer, transition).compile()
     update = partial(online_step, config=config)
     totals = jax.eval_shape(update, state, {}, buffer, data)[1]
-    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), totals)
+    totals = zero_totals(totals)
     program = online_step.lower(state, totals, buffer, data, config=config).compile()
     learn = lambda step, *args: program(*args)
     return choose, collect, learn, totals
@@ -1029,7 +1065,7 @@ def finetune(state, data, envs, evaluate, log, config):
                 info["n"] = state.threshold.n
                 log.interval("online", step, evaluate(state.actor), info)
                 bar.set_postfix(log.headline())
-                totals = jax.tree.map(jnp.zeros_like, totals)
+                totals = zero_totals(totals)
                 started = time.perf_counter()
     return state
 
@@ -1049,7 +1085,7 @@ def load_data(dataset, config):
     """
     normalizer = fit_normalizer(dataset.observations, config.normalize_observations)
     fingerprint = Fingerprint()
-    put = lambda column: jax.device_put(fingerprint.add(column))
+    put = lambda column: on_devices(jax.device_put(fingerprint.add(column)))
     data = Transition(
         obs=put(normalizer.apply_to(dataset.take("observations"))),
         action=put(dataset.take("actions").clip(-1 + 1e-4, 1 - 1e-4)),
@@ -1074,6 +1110,7 @@ def main(config, workdir=None):
     check_config(config)
     check_workdir(workdir, config.offline_checkpoint)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    use_devices(config.num_seeds)
     dataset = load_dataset(
         config.dataset,
         config.dataset_path,
@@ -1099,7 +1136,8 @@ def main(config, workdir=None):
         trusted = select_trusted(data, dataset.episode_ends, keys, data_fingerprint, config)
         state = init(keys)
     log = RunLog("ssar_cql", workdir, config, dataset, trusted, data_fingerprint)
-    data = data._replace(trusted=jnp.asarray(trusted, jnp.float32))
+    state = on_devices(state, "seeds")
+    data = data._replace(trusted=on_devices(jnp.asarray(trusted, jnp.float32), "seeds"))
     evaluate = partial(evaluator, act, normalizer=normalizer)
     save = partial(save_checkpoint, log.workdir, normalizer, trusted, data_fingerprint)
 

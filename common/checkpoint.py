@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -18,7 +19,7 @@ def save_checkpoint(workdir, normalizer, trusted, data_fingerprint, name, state)
     """
     path = os.path.join(os.path.abspath(workdir), name)
     tree = {
-        "state": state,
+        "state": jax.device_put(state, jax.devices()[0]),  # for as many devices as there are then
         "normalizer": normalizer._asdict(),
         "data_fingerprint": np.frombuffer(bytes.fromhex(data_fingerprint), np.uint8),
     }
