@@ -13,7 +13,7 @@ SCRIPTS = ("ssar_td3bc", "ssar_cql")
 # Where the algorithms differ. Everything else that both scripts define is repeated verbatim.
 DIFFERENT = set(
     """
-    Noise TrainState actor critic critics init_pair critic_loss actor_loss log_likelihood_margin
+    Noise TrainState actor critic critics critic_loss actor_loss log_likelihood_margin
     init_state sample_noise update_step train_interval act explore online_step compile_online
     load_data main
 """.split()
