@@ -296,10 +296,10 @@ def over_seeds(one_seed, shared, *args):
 
 def use_devices(num_seeds):
     """Sets JAX's mesh to as many devices as share the seeds evenly; one device needs no mesh."""
-    count = max(n for n in range(1, jax.device_count() + 1) if num_seeds % n == 0)
+    count = max(n for n in range(1, jax.local_device_count() + 1) if num_seeds % n == 0)
     if count > 1:
         kinds = (jax.sharding.AxisType.Auto,)
-        devices = jax.devices()[:count]
+        devices = jax.local_devices()[:count]
         jax.set_mesh(jax.make_mesh((count,), ("seeds",), axis_types=kinds, devices=devices))
 
 

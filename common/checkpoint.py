@@ -19,13 +19,13 @@ def save_checkpoint(workdir, normalizer, trusted, data_fingerprint, name, state)
     """
     path = os.path.join(os.path.abspath(workdir), name)
     tree = {
-        "state": jax.device_put(state, jax.devices()[0]),  # for as many devices as there are then
+        "state": jax.tree.map(lambda x: np.asarray(_without_key(x)), state),
         "normalizer": normalizer._asdict(),
         "data_fingerprint": np.frombuffer(bytes.fromhex(data_fingerprint), np.uint8),
     }
     if trusted.size:  # there may be no data
         tree["trusted"] = np.ascontiguousarray(trusted)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(path, tree, force=True)
     return path
 
@@ -35,8 +35,32 @@ def load_checkpoint(workdir: str, like=None, name="checkpoint"):
 
     like: arrays, or what jax.eval_shape makes of the function that built them.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(os.path.join(os.path.abspath(workdir), name), like)
+    with _checkpointer() as checkpointer:
+        shapes = jax.eval_shape(lambda: jax.tree.map(_without_key, like)) if like else None
+        tree = checkpointer.restore(os.path.join(os.path.abspath(workdir), name), shapes)
+    return jax.tree.map(_like, tree, like) if like else tree
+
+
+def _checkpointer():
+    """Of this process alone: several that share the seeds write a folder each."""
+    i = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=i, active_processes={i}, barrier_sync_key_prefix=f"process{i}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def _is_key(x):
+    return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _without_key(x):
+    """An array as orbax keeps it wherever it lies: a PRNG key as its words."""
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _like(x, like):
+    return jax.random.wrap_key_data(x) if _is_key(like) else jax.numpy.asarray(x)
 
 
 def load_offline(config, data_fingerprint: str, state_like):

@@ -1,9 +1,11 @@
 """The command line of the scripts."""
 
+import functools
 import importlib
 import os
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -25,6 +27,7 @@ def run(main, name: str) -> None:
     try:
         config = config_flags.DEFINE_config_file("config", default)
         workdir = flags.DEFINE_string("workdir", None, "run folder")
+        hosts = flags.DEFINE_string("distributed", None, "auto, or <host>:<port>,<processes>,<i>")
 
         def parse(argv):
             rest = flags.FLAGS(argv)
@@ -47,7 +50,11 @@ def run(main, name: str) -> None:
             given = config_flags.get_override_values(flags.FLAGS["config"])
             if config.value.offline_checkpoint and not flags.FLAGS["config"].present:
                 restore_settings(config.value, given)
-            main(config.value, workdir.value)
+            folder = workdir.value
+            if hosts.value:
+                join_hosts(hosts.value, config.value)
+                folder = folder and os.path.join(folder, str(config.value.seed))
+            main(config.value, folder)
 
         app.run(start, flags_parser=parse)
     except InputError as error:
@@ -89,6 +96,50 @@ def _one_line(error, name) -> str:
     return " ".join(str(error).split())
 
 
+def join_hosts(hosts: str, config) -> None:
+    """Makes this process one of several that share the seeds, and `config` that of its own share.
+
+    hosts: "auto" where JAX finds the others itself (SLURM, a TPU pod), or the first process's
+    address, how many there are and which this is: "<host>:<port>,<processes>,<i>". Raises
+    InputError when that cannot be read or the seeds cannot be shared evenly.
+    """
+    flag = f"--distributed={hosts}"
+    # The first to end waits for the last, and seeds differ in how long their episodes are.
+    initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=86_400)
+    parts = hosts.split(",")
+    if config.offline_checkpoint:
+        raise InputError(f"{flag} goes with new runs: go on from each process's folder by itself")
+    if parts == ["auto"]:
+        try:
+            initialize()
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{flag} finds no cluster ({reason}): give <host>:<port>,<processes>,<i>"
+            ) from None
+    elif len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
+        count, index = int(parts[1]), int(parts[2])
+        if not index < count:
+            raise InputError(
+                f"{flag} is no process of {count}: the last number is below the second"
+            )
+        _check_shares(flag, config, count)
+        initialize(parts[0], count, index)
+    else:
+        raise InputError(f"{flag} cannot be read: give auto, or <host>:<port>,<processes>,<i>")
+    _check_shares(flag, config, jax.process_count())
+    config.num_seeds //= jax.process_count()
+    config.seed += jax.process_index() * config.num_seeds
+
+
+def _check_shares(flag, config, count):
+    if config.num_seeds % count:
+        raise InputError(
+            f"{flag}: --config.num_seeds={config.num_seeds} cannot be shared by {count} processes: "
+            "give a multiple"
+        )
+
+
 def _usage(name) -> str:
     module = _settings(name)
     fields = [f"  --config.{field}={value}" for field, value in module.get_config().items()]
@@ -97,6 +148,7 @@ def _usage(name) -> str:
             sys.modules["__main__"].__doc__,
             f"--config=configs/{name}.py:<task>, first; tasks: {', '.join(module.TASKS)}",
             f"--workdir=<folder>, by default runs/{name}/<task>/<seed>",
+            "--distributed=auto, or <host>:<port>,<processes>,<i>: processes that share the seeds",
             "Fields, as the task demo sets them:",
             *fields,
         ]
