@@ -19,7 +19,7 @@ def save_checkpoint(workdir, normalizer, trusted, data_fingerprint, name, state)
     """
     path = os.path.join(os.path.abspath(workdir), name)
     tree = {
-        "state": jax.tree.map(lambda x: np.asarray(_without_key(x)), state),
+        "state": jax.tree.map(_to_host, state),
         "normalizer": normalizer._asdict(),
         "data_fingerprint": np.frombuffer(bytes.fromhex(data_fingerprint), np.uint8),
     }
@@ -36,7 +36,8 @@ def load_checkpoint(workdir: str, like=None, name="checkpoint"):
     like: arrays, or what jax.eval_shape makes of the function that built them.
     """
     with _checkpointer() as checkpointer:
-        shapes = jax.eval_shape(lambda: jax.tree.map(_without_key, like)) if like else None
+        words = lambda x: jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+        shapes = jax.tree.map(words, like) if like else None
         tree = checkpointer.restore(os.path.join(os.path.abspath(workdir), name), shapes)
     return jax.tree.map(_like, tree, like) if like else tree
 
@@ -54,13 +55,16 @@ def _is_key(x):
     return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _without_key(x):
-    """An array as orbax keeps it wherever it lies: a PRNG key as its words."""
-    return jax.random.key_data(x) if _is_key(x) else x
+def _to_host(x):
+    """An array as orbax reads it back wherever that is; a PRNG key as its words."""
+    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
 
 
 def _like(x, like):
-    return jax.random.wrap_key_data(x) if _is_key(like) else jax.numpy.asarray(x)
+    """x as `like` is: a PRNG key, an array of NumPy's, or one of JAX's."""
+    if _is_key(like):
+        return jax.random.wrap_key_data(x)
+    return np.asarray(x) if isinstance(like, np.ndarray) else jax.numpy.asarray(x)
 
 
 def load_offline(config, data_fingerprint: str, state_like):

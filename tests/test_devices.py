@@ -33,8 +33,8 @@ def test_eight_devices_equal_one(script, tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["devices"] == 8
     assert report["collectives"] == []
-    # train_interval, iql_interval, select_by_advantage, explore, store, and what updates online
-    assert report["programs"] >= 6
+    # train_interval; and iql_interval, select_by_advantage, explore, store, two online updates
+    assert report["programs"] == (7 if script == "ssar_td3bc" else 1)
 
     alone = on_devices.main(script, data, one)
     assert (alone["devices"], alone["collectives"]) == (1, [])
@@ -46,11 +46,13 @@ def test_eight_devices_equal_one(script, tmp_path):
     for folder in (many, one):
         like = load_checkpoint(folder) | {"state": state}
         saved.append(load_checkpoint(folder, like)["state"])
-        labels.append(np.load(os.path.join(folder + "-labels", "labels.npy")))
+        if script == "ssar_td3bc":
+            labels.append(np.load(os.path.join(folder + "-labels", "labels.npy")))
     for a, b in zip(*map(arrays, saved), strict=True):
         np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=2e-3, atol=2e-5)
-    assert labels[0].shape == labels[1].shape
-    assert (labels[0] == labels[1]).mean() > 0.99  # an advantage of about 0 may have either sign
+    if labels:  # an advantage of about 0 may have either sign
+        assert labels[0].shape == labels[1].shape
+        assert (labels[0] == labels[1]).mean() > 0.99
 
 
 @pytest.mark.parametrize(
