@@ -64,7 +64,8 @@ def test_loops_stay_on_the_device_and_overwrite_their_state(ssar, overrides, pla
         script=ssar.__name__, num_seeds=SEEDS, online_steps=40, buffer_init="all", **overrides
     )
     config = ml_collections.FrozenConfigDict(config)
-    for program, args, keywords, donated in programs(ssar, config):
+    found = programs(ssar, config)
+    for program, args, keywords, donated in found[:1] if overrides else found:
         text = export.export(program, platforms=[platform])(*args, **keywords).mlir_module()
         code = without_locations(text)
         assert not HOST.search(code), program.__name__

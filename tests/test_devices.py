@@ -36,6 +36,9 @@ def test_eight_devices_equal_one(script, tmp_path):
     # train_interval; and iql_interval, select_by_advantage, explore, store, two online updates
     assert report["programs"] == (7 if script == "ssar_td3bc" else 1)
 
+    if script == "ssar_cql":  # whose own part is the loop over blocks; the rest is the same text
+        return
+
     alone = on_devices.main(script, data, one)
     assert (alone["devices"], alone["collectives"]) == (1, [])
     np.testing.assert_allclose(report["last"], alone["last"], rtol=1e-3, atol=0.1)
@@ -46,13 +49,11 @@ def test_eight_devices_equal_one(script, tmp_path):
     for folder in (many, one):
         like = load_checkpoint(folder) | {"state": state}
         saved.append(load_checkpoint(folder, like)["state"])
-        if script == "ssar_td3bc":
-            labels.append(np.load(os.path.join(folder + "-labels", "labels.npy")))
+        labels.append(np.load(os.path.join(folder + "-labels", "labels.npy")))
     for a, b in zip(*map(arrays, saved), strict=True):
         np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=2e-3, atol=2e-5)
-    if labels:  # an advantage of about 0 may have either sign
-        assert labels[0].shape == labels[1].shape
-        assert (labels[0] == labels[1]).mean() > 0.99
+    assert labels[0].shape == labels[1].shape
+    assert (labels[0] == labels[1]).mean() > 0.99  # an advantage of about 0 may have either sign
 
 
 @pytest.mark.parametrize(
