@@ -373,8 +373,9 @@ def use_devices(num_seeds):
 
 def on_devices(tree, *axes):
     """`tree` on every device of the mesh, or, with "seeds", on each its share of the seed axis."""
-    mesh = jax.sharding.get_mesh()
-    return tree if mesh.empty else jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), PartitionSpec(*axes)))
 
 
 def take(data, rows):
