@@ -1,7 +1,7 @@
 """A run of eight seeds, its programs recorded; test_devices.py runs this file with eight devices.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/on_devices.py <script> <data> <folder>
-"""  # noqa: E501
+With XLA_FLAGS=--xla_force_host_platform_device_count=8: on_devices.py <script> <data> <folder>
+"""
 
 import importlib
 import json
