@@ -76,7 +76,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from common.checkpoint import load_offline, save_checkpoint
+from common.checkpoint import Checkpoints, load_offline, save_checkpoint
 from common.checks import InputError, check_config, check_workdir
 from common.cli import run
 from common.dataset import (
@@ -90,6 +90,7 @@ from common.dataset import (
 from common.evaluation import Collector, Evaluator
 from common.loading import load_dataset
 from common.report import RunLog, progress
+from common.stopping import wait_for
 
 # ------------------------------------------------------------------------------- data structures
 
@@ -342,16 +343,19 @@ def descend(loss, params, optimizer, opt_state, *args):
     return optax.apply_updates(params, updates), opt_state, info
 
 
-def over_seeds(one_seed, shared, *args):
+def over_seeds(one_seed, shared, *args, is_loop=False):
     """one_seed(shared, *args) under vmap over the seed axis of `args`; with a mesh, on its devices.
 
-    One seed runs unbatched, as a batch of one slows XLA's CPU code.
+    A CPU does best unbatched: one seed alone, and loops (is_loop), which outweigh the copies that
+    this makes of `args`, one seed after the other.
     """
 
     def seeds_of_device(shared, *args):
         if len(jax.tree.leaves(args)[0]) == 1:
             alone = jax.tree.map(lambda x: x[0], args)
             return jax.tree.map(lambda x: x[None], one_seed(shared, *alone))
+        if is_loop and jax.default_backend() == "cpu":
+            return jax.lax.map(lambda args: one_seed(shared, *args), args)
         return jax.vmap(partial(one_seed, shared))(*args)
 
     if jax.sharding.get_abstract_mesh().empty:
@@ -408,6 +412,7 @@ class IQLState(NamedTuple):
 
 
 iql_adam = optax.adam(3e-4)
+IQL_INTERVAL = 5_000  # updates in one program; after it a checkpoint may be written
 
 
 def iql_init(key, obs_dim, action_dim):
@@ -461,7 +466,7 @@ def iql_interval(state, data, config, num_updates):
         state, info = jax.lax.scan(body, state._replace(key=key), indices)
         return state, jax.tree.map(jnp.mean, info)
 
-    return over_seeds(one_seed, data, state)
+    return over_seeds(one_seed, data, state, is_loop=True)
 
 
 @jax.jit
@@ -481,21 +486,29 @@ def select_by_advantage(state, data):
 
         return jnp.zeros(num_rows, bool).at[places].set(jax.lax.map(trusted, starts))
 
-    return over_seeds(one_seed, data, state)
+    return over_seeds(one_seed, data, state, is_loop=True)
 
 
-def label_by_iql(keys, data, config):
-    """Trains one IQL a seed for `iql_steps` updates and selects by its advantage. bool [S, N]."""
+def label_by_iql(keys, data, config, folder=None):
+    """Trains one IQL a seed for `iql_steps` updates and selects by its advantage. bool [S, N].
+
+    folder: of checkpoints, from the last of which it goes on; None for none.
+    """
     # Training splits the same keys: a tag that no split reaches keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(keys)
     sizes = data.obs.shape[1], data.action.shape[1]
-    state = on_devices(jax.vmap(lambda key: iql_init(key, *sizes))(keys), "seeds")
-    with progress(config.iql_steps, "iql") as bar:
+    state = jax.jit(jax.vmap(lambda key: iql_init(key, *sizes)))(keys)
+    state = on_devices(state, "seeds")
+    checkpoints = Checkpoints(folder, config.checkpoint_minutes)
+    state, done = checkpoints.resume(state)
+    with progress(config.iql_steps, "iql", done=done) as bar:
         while bar.n < config.iql_steps:
-            num_updates = min(5_000, config.iql_steps - bar.n)
-            state, info = iql_interval(state, data, config, num_updates)
+            num_updates = min(IQL_INTERVAL, config.iql_steps - bar.n)
+            state, info = wait_for(iql_interval(state, data, config, num_updates))
             bar.set_postfix({name: f"{value.mean():.3g}" for name, value in info.items()})
             bar.update(num_updates)
+            if checkpoints.due():
+                checkpoints.save(bar.n, state)
     return np.asarray(select_by_advantage(state, data))
 
 
@@ -509,7 +522,7 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
         name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
         name += ["updates", config.iql_steps, config.batch_size]
         name += ["rates", config.discount, config.target_update_rate]
-        trusted = cached_labels(config.cache_dir, name, lambda: label_by_iql(keys, data, config))
+        trusted = cached_labels(config.cache_dir, name, partial(label_by_iql, keys, data, config))
     elif config.selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
     elif config.selection == "success":
@@ -884,7 +897,8 @@ def train_interval(state, data, config):
         means = dict(zip(names, infos.mean(axis=0), strict=True))
         return state, means | {"n": state.threshold.n}
 
-    return over_seeds(one_seed, data._replace(trusted=None), state, data.trusted)
+    unlabelled = data._replace(trusted=None)
+    return over_seeds(one_seed, unlabelled, state, data.trusted, is_loop=True)
 
 
 @jax.jit
@@ -896,15 +910,17 @@ def act(actor_params, observations):
 
 def pretrain(state, data, evaluate, log, config):
     """Offline: compiled intervals, an evaluation after each. state [S, ...], given up."""
+    state, done = log.restore("offline", state)
     with log.compiling():
         train = train_interval.lower(state, data, config=config).compile()
-    with progress(config.offline_steps, "offline") as bar:
-        for step in range(config.eval_interval, config.offline_steps + 1, config.eval_interval):
+    with progress(config.offline_steps, "offline", done=done) as bar:
+        while bar.n < config.offline_steps:
             with log.training(config.eval_interval):
-                state, info = jax.block_until_ready(train(state, data))
-            log.interval("offline", step, evaluate(state.actor), info)
-            bar.set_postfix(log.headline())
+                state, info = wait_for(train(state, data))
             bar.update(config.eval_interval)
+            log.interval("offline", bar.n, evaluate(state.actor), info)
+            bar.set_postfix(log.headline())
+            log.save(state)
     return state
 
 
@@ -1027,17 +1043,19 @@ def finetune(state, data, envs, evaluate, log, config):
     state: TrainState [S, ...], given up. data: offline_rows. envs: a Collector.
     Returns the state after `online_steps` steps, the first `warmup_steps` of them without update.
     """
-    buffer = init_buffer(data, config)
+    (state, buffer), done = log.restore("online", (state, init_buffer(data, config)))
     # Updates split the same keys: a tag that no split reaches keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     with log.compiling():
         choose, collect, learn, totals = compile_online(state, buffer, data, keys, config)
     num_updates = int(state.step[0])
-    info = dict.fromkeys(totals) | {"n": state.threshold.n}
-    log.interval("online", 0, evaluate(state.actor), info)
-    obs, started = envs.reset(), time.perf_counter()
-    with progress(config.online_steps, "online", "step") as bar:
-        for step in range(1, config.online_steps + 1):
+    if done is None:
+        info = dict.fromkeys(totals) | {"n": state.threshold.n}
+        log.interval("online", 0, evaluate(state.actor), info)
+        done = 0
+    obs, started = envs.reset(done), time.perf_counter()
+    with progress(config.online_steps, "online", "step", done=done) as bar:
+        for step in range(done + 1, config.online_steps + 1):
             # --- act ---
             action = np.asarray(choose(state.actor, obs, keys, np.int32(step)))
             outcome = envs.step(action)
@@ -1066,6 +1084,7 @@ def finetune(state, data, envs, evaluate, log, config):
                 info["n"] = state.threshold.n
                 log.interval("online", step, evaluate(state.actor), info)
                 bar.set_postfix(log.headline())
+                log.save((state, buffer))
                 totals = zero_totals(totals)
                 started = time.perf_counter()
     return state
@@ -1098,9 +1117,10 @@ def load_data(dataset, config):
     return data, normalizer, fingerprint.text()
 
 
-def main(config, workdir=None):
+def main(config, workdir=None, resume=True):
     """Trains and evaluates `num_seeds` seeds, writes the run folder and returns its results.json.
 
+    resume: whether an unfinished run in `workdir`, of the same settings, is gone on with.
     Raises InputError when settings or data cannot be used: before anything is compiled or written,
     but for an IQL that trusts no row, which shows when it is trained.
     """
@@ -1109,7 +1129,7 @@ def main(config, workdir=None):
     phase = "-online" if config.offline_checkpoint else ""
     workdir = workdir or f"runs/ssar_cql/{config.task}/{config.seed}{phase}"
     check_config(config)
-    check_workdir(workdir, config.offline_checkpoint)
+    check_workdir(workdir, config, resume)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     use_devices(config.num_seeds)
     dataset = load_dataset(
@@ -1136,14 +1156,14 @@ def main(config, workdir=None):
     else:
         trusted = select_trusted(data, dataset.episode_ends, keys, data_fingerprint, config)
         state = init(keys)
-    log = RunLog("ssar_cql", workdir, config, dataset, trusted, data_fingerprint)
+    log = RunLog("ssar_cql", workdir, config, dataset, trusted, data_fingerprint, started, resume)
     state = on_devices(state, "seeds")
     data = data._replace(trusted=on_devices(jnp.asarray(trusted, jnp.float32), "seeds"))
     evaluate = partial(evaluator, act, normalizer=normalizer)
     save = partial(save_checkpoint, log.workdir, normalizer, trusted, data_fingerprint)
 
     # --- offline, then online ---
-    if config.offline_steps and not config.offline_checkpoint:
+    if config.offline_steps and not (config.offline_checkpoint or log.has("online")):
         state = pretrain(state, data, evaluate, log, config)
         if config.online_steps:
             save("offline_checkpoint", state)
@@ -1152,7 +1172,7 @@ def main(config, workdir=None):
         data = offline_rows(data, dataset.episode_ends, config)
         state = finetune(state, data, envs, evaluate, log, config)
     save("checkpoint", state)
-    return log.finish(state.threshold.stopped_at, time.perf_counter() - started)
+    return log.finish(state.threshold.stopped_at)
 
 
 if __name__ == "__main__":

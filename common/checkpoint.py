@@ -1,8 +1,12 @@
-"""The trained state on disk, through orbax, and the start of an online run from an offline one."""
+"""The trained state on disk, through orbax: at the end, and on the way to it."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import sys
+import time
 
 import jax
 import numpy as np
@@ -10,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from common.checks import InputError
 from common.dataset import Normalizer
+from common.stopping import stop, stop_is_due
 
 
 def save_checkpoint(workdir, normalizer, trusted, data_fingerprint, name, state) -> str:
@@ -42,13 +47,127 @@ def load_checkpoint(workdir: str, like=None, name="checkpoint"):
     return jax.tree.map(_like, tree, like) if like else tree
 
 
+class Checkpoints:
+    """The last two states of unfinished work, in a folder of their own, each written atomically.
+
+    What was being written when the process died is not there the next time. folder: None where
+    nothing is to be kept. minutes: from one to the next. Raises OSError where it cannot be written.
+    """
+
+    def __init__(self, folder: str | None, minutes: float):
+        self.folder = folder and os.path.abspath(folder)
+        if not folder:
+            return
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            enable_async_checkpointing=False,  # the state's memory is written to next
+            create=False,
+            cleanup_tmp_directories=True,
+            multiprocessing_options=_this_process_alone(ocp.options.MultiprocessingOptions),
+        )
+        os.makedirs(self.folder, exist_ok=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.seconds, self.written = 60 * minutes, time.perf_counter()
+
+    def due(self) -> bool:
+        """Whether it is time to save: also when the run was told to stop."""
+        if not self.folder:
+            return False
+        return time.perf_counter() - self.written >= self.seconds or stop_is_due()
+
+    def save(self, step: int, tree, **records) -> None:
+        """Writes a pytree of arrays, and what JSON can hold beside it; `step` is to grow.
+
+        Raises Stopped afterwards if the run was told to stop.
+        """
+        flat = {path: _to_host(x) for path, x in _by_path(tree) if x.size}
+        records |= {"step": step, "digest": _digest(flat)}
+        args = ocp.args.Composite(
+            tree=ocp.args.StandardSave(flat), records=ocp.args.JsonSave(records)
+        )
+        self.manager.save(step, args=args)
+        self.written = time.perf_counter()
+        if stop_is_due():
+            stop()
+
+    def remove(self) -> None:
+        """The work is done."""
+        self.manager.close()
+        shutil.rmtree(self.folder)
+
+    def resume(self, tree):
+        """`tree` and its step as last saved; as it is, and 0, without any that fits."""
+        saved = self.folder and self.load()
+        if not saved:
+            return tree, 0
+        return fill(tree, saved[0]), saved[1]["step"]
+
+    def load(self):
+        """The newest whole one: its arrays by path, and its records; None without any."""
+        args = ocp.args.Composite(tree=ocp.args.StandardRestore(), records=ocp.args.JsonRestore())
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                saved = self.manager.restore(step, args=args)
+                if saved.records.pop("digest") != _digest(saved.tree):
+                    raise ValueError("its bits have changed")
+            except Exception as error:  # whatever orbax makes of a file that is broken
+                reason = " ".join(str(error).split())[:120]
+                print(
+                    f"warning: the checkpoint {os.path.join(self.folder, str(step))} is broken "
+                    f"({reason}): the one before it is tried",
+                    file=sys.stderr,
+                )
+                self.manager.delete(step)
+            else:
+                return saved.tree, saved.records
+        return None
+
+
+def fill(like, arrays: dict):
+    """A tree like `like` of the arrays that Checkpoints.save took from one.
+
+    Raises ValueError, naming it, for an array that is missing or of another shape or type.
+    """
+
+    def fit(path, like):
+        if not like.size:
+            return like
+        name, x = _name(path), arrays.get(_name(path))
+        raw = jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like
+        if x is None or x.shape != raw.shape or x.dtype != raw.dtype:
+            found = "is missing" if x is None else f"is {x.dtype}{list(x.shape)}"
+            raise ValueError(f"{name} {found}, not {raw.dtype}{list(raw.shape)}")
+        return _like(x, like)
+
+    return jax.tree_util.tree_map_with_path(fit, like)
+
+
+def _by_path(tree):
+    return ((_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _digest(flat):
+    """Of names and bits: orbax does not notice when a stored number changes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(flat):
+        digest.update(f"{name}{flat[name].dtype}{flat[name].shape}".encode())
+        digest.update(np.ascontiguousarray(flat[name]))
+    return digest.hexdigest()
+
+
 def _checkpointer():
-    """Of this process alone: several that share the seeds write a folder each."""
-    i = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=i, active_processes={i}, barrier_sync_key_prefix=f"process{i}"
-    )
+    options = _this_process_alone(ocp.options.MultiprocessingOptions)
     return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def _this_process_alone(options):
+    """Several that share the seeds write a folder each."""
+    i = jax.process_index()
+    return options(primary_host=i, active_processes={i}, barrier_sync_key_prefix=f"process{i}")
 
 
 def _is_key(x):
@@ -61,10 +180,11 @@ def _to_host(x):
 
 
 def _like(x, like):
-    """x as `like` is: a PRNG key, an array of NumPy's, or one of JAX's."""
-    if _is_key(like):
-        return jax.random.wrap_key_data(x)
-    return np.asarray(x) if isinstance(like, np.ndarray) else jax.numpy.asarray(x)
+    """x as `like` is: a PRNG key, an array of NumPy's, or one of JAX's, where that lies."""
+    if isinstance(like, np.ndarray):
+        return np.asarray(x)
+    x = jax.random.wrap_key_data(x) if _is_key(like) else jax.numpy.asarray(x)
+    return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else x
 
 
 def load_offline(config, data_fingerprint: str, state_like):

@@ -1,5 +1,6 @@
 """Settings that cannot work, caught before anything is compiled or written."""
 
+import fcntl
 import json
 import os
 
@@ -19,7 +20,7 @@ CHOICES = {
 }
 AT_LEAST_ONE = """num_seeds eval_interval eval_episodes batch_size policy_freq new_policy_freq
     update_period iql_steps num_sampled_actions block_size buffer_capacity""".split()
-NOT_NEGATIVE = ("offline_steps", "online_steps", "warmup_steps")
+NOT_NEGATIVE = ("offline_steps", "online_steps", "warmup_steps", "checkpoint_minutes")
 RANGES = {
     "discount": (0, 1),
     "target_update_rate": (0, 1),
@@ -48,7 +49,10 @@ MULTIPLES = (
 # What a run that goes on from an offline one may set for itself; where the data lie is its own too.
 ONLINE_FIELDS = """online_steps warmup_steps buffer_init buffer_capacity anneal decay_steps
     new_policy_freq exploration_noise eval_interval eval_episodes offline_checkpoint dataset
-    dataset_path cache_dir""".split()
+    dataset_path cache_dir checkpoint_minutes""".split()
+
+# What a run that is gone on with after a stop may set anew.
+MAY_CHANGE = ("cache_dir", "dataset_path", "checkpoint_minutes")
 
 
 def check_config(config) -> None:
@@ -145,7 +149,7 @@ def _check_same_settings(config):
         )
 
 
-def load_settings(workdir: str) -> dict:
+def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> dict:
     """The settings of the run in `workdir`. Raises InputError when that is no run's folder."""
     path = os.path.join(os.path.expanduser(workdir), "config.json")
     try:
@@ -154,9 +158,55 @@ def load_settings(workdir: str) -> dict:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not readable"
         raise InputError(
-            f"--config.offline_checkpoint={workdir} is no run's folder ({path}: {reason}): "
-            "give the --workdir of a finished offline run"
+            f"{flag}={workdir} is no run's folder ({path}: {reason}): give another"
         ) from None
+
+
+def is_unfinished(workdir: str) -> bool:
+    """Whether a run was begun in `workdir` and came to no results."""
+    return _has(workdir, "config.json") and not _has(workdir, "results.json")
+
+
+def _has(workdir, name):
+    return os.path.exists(os.path.join(workdir, name))
+
+
+def lock(workdir: str):
+    """The open file that keeps other processes out of `workdir`, until this one ends or closes it.
+
+    Raises InputError when another process has it.
+    """
+    file = open(os.path.join(workdir, "lock"), "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        process = file.read().strip()
+        file.close()
+        raise InputError(
+            f"--workdir={workdir} is in use by process {process}: wait for it, stop it, or choose "
+            "another folder"
+        ) from None
+    file.truncate(0)  # of a process that died
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _check_unfinished(workdir, config):
+    """Raises InputError when the unfinished run there has other settings."""
+    settings = load_settings(workdir, "--workdir")
+    differing = [
+        f"{field}={_as_json(config[field])} (there {settings.get(field)})"
+        for field in sorted(set(config) - set(MAY_CHANGE))
+        if _as_json(config[field]) != settings.get(field)
+    ]
+    if differing:
+        raise InputError(
+            f"--workdir={workdir} holds an unfinished run with other settings than "
+            f"{', '.join(differing)}: give those to go on with it, choose another folder, or give "
+            "--noresume to set it aside"
+        )
 
 
 def _as_json(value):
@@ -166,18 +216,25 @@ def _as_json(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_workdir(workdir: str, offline_checkpoint: str | None = None) -> None:
-    """Raises InputError when no run folder can be made there, or it is the run to go on from."""
-    source = os.path.realpath(os.path.expanduser(offline_checkpoint or ""))
-    if offline_checkpoint and os.path.realpath(workdir) == source:
+def check_workdir(workdir: str, config, resume: bool) -> None:
+    """Raises InputError when no run folder can be made there, or it is the run to go on from.
+
+    And when it is another process's, or, to resume, holds an unfinished run with other settings.
+    """
+    source = os.path.realpath(os.path.expanduser(config.offline_checkpoint or ""))
+    if config.offline_checkpoint and os.path.realpath(workdir) == source:
         raise InputError(
             f"--workdir={workdir} is the run of --config.offline_checkpoint: choose another folder"
         )
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise InputError(f"--workdir={workdir} is a file: choose another folder")
-    if os.path.isdir(workdir) and os.listdir(workdir):
-        if not os.path.exists(os.path.join(workdir, "config.json")):
+    if os.path.isdir(workdir) and set(os.listdir(workdir)) - {"lock"}:
+        if not _has(workdir, "config.json"):
             raise InputError(f"--workdir={workdir} holds files of no run: choose another folder")
+    if _has(workdir, "lock"):
+        lock(workdir).close()
+    if resume and is_unfinished(workdir):
+        _check_unfinished(workdir, config)
     parent = os.path.abspath(workdir)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)

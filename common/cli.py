@@ -10,14 +10,16 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from common.checks import InputError, load_settings
+from common.stopping import Stopped, catch_signals
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def run(main, name: str) -> None:
-    """Runs main(config, workdir) with --config=<file>[:<task>], --config.<field>= and --workdir.
+    """Runs main(config, workdir, resume) with what --config=, --config.<field>= and so on say.
 
-    What the user can mend ends as one line on stderr and exit status 1.
+    What the user can mend ends as one line on stderr and exit status 1; Ctrl-C and SIGTERM with
+    130 and 143.
     """
     if {"-h", "-help", "--help"} & set(sys.argv):
         print(_usage(name))
@@ -27,6 +29,7 @@ def run(main, name: str) -> None:
     try:
         config = config_flags.DEFINE_config_file("config", default)
         workdir = flags.DEFINE_string("workdir", None, "run folder")
+        resume = flags.DEFINE_bool("resume", True, "go on with an unfinished run in the run folder")
         hosts = flags.DEFINE_string("distributed", None, "auto, or <host>:<port>,<processes>,<i>")
 
         def parse(argv):
@@ -54,9 +57,14 @@ def run(main, name: str) -> None:
             if hosts.value:
                 join_hosts(hosts.value, config.value)
                 folder = folder and os.path.join(folder, str(config.value.seed))
-            main(config.value, folder)
+            main(config.value, folder, resume.value)
 
+        catch_signals()
         app.run(start, flags_parser=parse)
+    except Stopped as stopped:
+        print(f"{name}: stopped by {stopped}: the same command goes on from the last checkpoint")
+        sys.stdout.flush()
+        os._exit(stopped.status)  # without waiting for the program under way
     except InputError as error:
         sys.exit(f"{name}: {error}")
     except (flags.Error, ValueError, TypeError, AttributeError, OSError) as error:
@@ -148,6 +156,7 @@ def _usage(name) -> str:
             sys.modules["__main__"].__doc__,
             f"--config=configs/{name}.py:<task>, first; tasks: {', '.join(module.TASKS)}",
             f"--workdir=<folder>, by default runs/{name}/<task>/<seed>",
+            "--noresume: sets an unfinished run there aside, instead of going on with it",
             "--distributed=auto, or <host>:<port>,<processes>,<i>: processes that share the seeds",
             "Fields, as the task demo sets them:",
             *fields,

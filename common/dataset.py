@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -163,31 +166,43 @@ def best_episodes(rewards: np.ndarray, ends: np.ndarray, count: int) -> np.ndarr
 
 
 def cached_labels(cache_dir: str, name: list, make) -> np.ndarray:
-    """The bool array that make() returns, kept in `cache_dir` under what it depends on, `name`."""
+    """The bool array that make(folder) returns, kept in `cache_dir` under what it depends on, name.
+
+    folder: where make may keep what it has done so far; None where `cache_dir` cannot be written.
+    Of several processes that ask for the same labels, one makes them and the others wait.
+    """
     path = os.path.join(os.path.expanduser(cache_dir), "-".join(map(str, name)) + ".npy")
-    try:
-        labels = np.load(path, allow_pickle=False)
-        if labels.dtype == bool:
-            return labels
-    except (OSError, ValueError, EOFError):
-        pass  # not there, or broken: made again
-    unfinished = f"{path}.{os.getpid()}"
+    if (labels := _load_labels(path)) is not None:
+        return labels
     try:  # before the work
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        file = open(unfinished, "wb")
+        lock = open(f"{path}.lock", "w")
     except OSError as error:
         print(
             f"warning: labels are not kept, for --config.cache_dir={cache_dir} cannot be written "
             f"({error.strerror})",
             file=sys.stderr,
         )
-        return make()
-    with file:
+        return make(None)
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            labels = make()
-            np.save(file, labels)
-        except BaseException:
-            os.remove(unfinished)
-            raise
-    os.replace(unfinished, path)
+            if (labels := _load_labels(path)) is None:
+                labels = make(f"{path}.unfinished")
+                with open(f"{path}.new", "wb") as file:
+                    np.save(file, labels)
+                os.replace(f"{path}.new", path)
+                shutil.rmtree(f"{path}.unfinished", ignore_errors=True)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(lock.name)
     return labels
+
+
+def _load_labels(path):
+    """None where they are not, or broken: to be made again."""
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return labels if labels.dtype == bool else None

@@ -156,10 +156,19 @@ class Collector:
         self.finished: list[Finished] = []
         self.seconds = 0.0
 
-    def reset(self) -> np.ndarray:
-        """Starts over from the seeds; returns observations [S, O]."""
-        observations, _ = self.envs.reset(seed=self.reset_seeds)
-        slots, self.steps = len(self.reset_seeds), 0
+    def reset(self, step: int = 0) -> np.ndarray:
+        """New episodes from the seeds; returns observations [S, O].
+
+        step: environment steps taken before. After some, the first episodes are not those of the
+        start again.
+        """
+        seeds = self.reset_seeds
+        if step:
+            seeds = [
+                int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) for seed in seeds
+            ]
+        observations, _ = self.envs.reset(seed=seeds)
+        slots, self.steps = len(self.reset_seeds), step
         self.returns, self.lengths = np.zeros(slots), np.zeros(slots, int)
         self.success = np.full(slots, np.nan)
         return self._standardise(observations)

@@ -1,4 +1,4 @@
-"""The run folder: config.json, scores.csv, episodes.csv, results.json, tensorboard, the picture."""
+"""The run folder: settings, scores, results, tensorboard, the picture, and what resuming needs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 
@@ -16,7 +17,9 @@ import numpy as np
 import tensorboardX
 from tqdm import tqdm
 
-from common.checks import InputError
+from common.checkpoint import Checkpoints, fill
+from common.checks import InputError, is_unfinished, lock
+from common.evaluation import Finished
 from common.plot import plot_run
 
 # Names that the authors' code logs under, so that curves line up.
@@ -28,41 +31,125 @@ TENSORBOARD_TAGS = {
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnasium", "mujoco", "minari", "numpy")
 
 
-def progress(total: int, label: str, unit: str = "update") -> tqdm:
-    """A progress bar that counts gradient updates, or environment steps."""
+def progress(total: int, label: str, unit: str = "update", done: int | None = None):
+    """A progress bar that counts gradient updates, or environment steps; `done` of them before."""
     return tqdm(
-        total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5
-    )
+        total=total, desc=label, unit=unit, initial=done or 0, unit_scale=True, dynamic_ncols=True,
+        mininterval=0.5,
+    )  # fmt: skip
 
 
 class RunLog:
-    """Writes one run; results.json marks it as finished."""
+    """Writes one run; results.json marks it as finished. Goes on with an unfinished one.
 
-    def __init__(self, algorithm, workdir, config, dataset, trusted, data_fingerprint):
+    started: time.perf_counter() at the start of the program. resume: whether an unfinished run in
+    `workdir`, whose settings have been checked, goes on from its last checkpoint; otherwise
+    whatever is there is set aside.
+    Raises InputError when the folder cannot be written, is another process's, or when the run
+    there had other data.
+    """
+
+    def __init__(
+        self, algorithm, workdir, config, dataset, trusted, data_fingerprint, started, resume
+    ):
         self.workdir = workdir
         self.algorithm, self.config, self.dataset = algorithm, config, dataset
         self.seeds = [config.seed + i for i in range(config.num_seeds)]
         self.trusted_fraction = trusted.mean(axis=1) if trusted.size else np.ones(len(trusted))
         self.data_fingerprint = data_fingerprint
+        self.started, self.seconds_before = started, 0.0
         self.compile_seconds = 0.0
-        self.history = []  # one dict an evaluation: phase, step; score and metrics [S]
+        self.history = []  # one dict an evaluation: phase, step; score and metrics, float64 [S]
         self.finished = [[] for _ in self.seeds]  # every seed's episodes of online training
         self.failures = np.zeros(len(self.seeds))  # of those; NaN where success is not reported
         self.speeds = []  # updates/s of every seed offline
         self.online_speeds = []  # the same online; environment steps/s, and the environments' share
-        set_aside(self.workdir)
+        self.arrays = {}
+        resume = resume and is_unfinished(workdir)
         try:
-            os.makedirs(self.workdir, exist_ok=True)
+            if not resume:
+                set_aside(workdir)
+            os.makedirs(workdir, exist_ok=True)
+            self.lock = lock(workdir)
+            folder = os.path.join(workdir, "unfinished")
+            self.checkpoints = Checkpoints(folder, config.checkpoint_minutes)
+            saved = self.checkpoints.load() if resume else None
+            if saved:
+                self._check_data(saved[1])
+            for name in ("scores.csv", "episodes.csv", "tensorboard"):  # written again, or new
+                remove(os.path.join(workdir, name))
+            self._write_json("config.json", config.to_dict())
+            self.writers = [
+                tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard", f"seed_{seed}"))
+                for seed in self.seeds
+            ]
+            if saved:
+                self._take_over(*saved)
         except OSError as error:
             raise InputError(
-                f"--workdir={workdir} cannot be made ({error.strerror}): choose another folder"
+                f"--workdir={workdir} cannot be written ({error.strerror or error}): choose "
+                "another folder"
             ) from None
-        self._write_json("config.json", config.to_dict())
-        self.writers = [
-            tensorboardX.SummaryWriter(os.path.join(self.workdir, "tensorboard", f"seed_{seed}"))
-            for seed in self.seeds
-        ]
         self._print_warnings()  # of the data: before the run, not after it
+
+    def _check_data(self, records):
+        if records["data_fingerprint"] != self.data_fingerprint:
+            raise InputError(
+                f"the unfinished run in {self.workdir} had other data "
+                f"({records['data_fingerprint']}) than there are now ({self.data_fingerprint}): "
+                "restore its data, choose another --workdir, or give --noresume"
+            )
+
+    def _take_over(self, arrays, records):
+        """What the last checkpoint holds; rows written after it were of no use."""
+        for past in records["history"]:
+            for key in set(past) - {"phase", "step", "measured"}:
+                past[key] = np.array(past[key])
+            self._add_interval(past)
+        self._add_episodes([Finished(*episode) for episode in records["episodes"]])
+        self.speeds, self.online_speeds = records["speeds"], records["online_speeds"]
+        self.compile_seconds, self.seconds_before = records["compile_seconds"], records["seconds"]
+        self.arrays, last = arrays, self.history[-1]
+        print(f"goes on in {self.workdir} after {last['phase']} step {last['step']}", flush=True)
+
+    def has(self, phase) -> bool:
+        """Whether an evaluation of this phase has been made: by an unfinished run, at the start."""
+        return any(past["phase"] == phase for past in self.history)
+
+    def restore(self, phase, tree):
+        """`tree` and the step where the unfinished run last saved it, if that was in this phase.
+
+        `tree` as it is, and None, in a run that has not come that far.
+        """
+        if not self.arrays or self.history[-1]["phase"] != phase:
+            return tree, None
+        arrays, self.arrays = self.arrays, {}
+        try:
+            return fill(tree, arrays), self.history[-1]["step"]
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint in {self.workdir} is of another version or shape ({error}): "
+                "choose another --workdir, or give --noresume"
+            ) from None
+
+    def save(self, tree) -> None:
+        """After an evaluation, every `checkpoint_minutes`: what the run can go on from."""
+        if not self.checkpoints.due():
+            return
+        self.checkpoints.save(
+            len(self.history),
+            tree,
+            data_fingerprint=self.data_fingerprint,
+            history=[
+                {key: x.tolist() if isinstance(x, np.ndarray) else x for key, x in past.items()}
+                for past in self.history
+            ],
+            episodes=sorted(episode for past in self.finished for episode in past),
+            speeds=self.speeds,
+            online_speeds=self.online_speeds,
+            compile_seconds=self.compile_seconds,
+            seconds=self.seconds_before + time.perf_counter() - self.started,
+        )
 
     @contextlib.contextmanager
     def compiling(self):
@@ -86,6 +173,9 @@ class RunLog:
             rates = (updates / seconds, steps / seconds * len(self.seeds), envs.seconds / seconds)
             self.online_speeds.append(rates)
         finished, envs.finished, envs.seconds = envs.finished, [], 0.0
+        self._add_episodes(finished)
+
+    def _add_episodes(self, finished):
         rows = []
         for episode in finished:
             past = self.finished[episode.slot]
@@ -113,37 +203,45 @@ class RunLog:
         update in the interval gave it.
         """
         scores = self.dataset.score(episodes.returns)
-        row = {
+        metrics = {key: info[key] for key in sorted(info)}
+        missing = np.full(len(self.seeds), np.nan)
+        past = {
+            "phase": phase,
+            "step": step,
             "score": scores.mean(axis=1),
             "return_mean": episodes.returns.mean(axis=1),
             "return_std": episodes.returns.std(axis=1),
             "episodes": np.full(len(self.seeds), episodes.returns.shape[1]),
             "success_rate": episodes.success.mean(axis=1),
+            "measured": [key for key, x in metrics.items() if x is not None],
         }
-        metrics = {key: info[key] for key in sorted(info)}
-        measured = {key: np.asarray(x) for key, x in metrics.items() if x is not None}
-        missing = np.full(len(self.seeds), np.nan)
-        self.history.append(
-            {"phase": phase, "step": step, "measured": sorted(measured), **row}
-            | {key: measured.get(key, missing) for key in metrics}
-        )
+        for key, x in metrics.items():
+            past[key] = missing if x is None else np.asarray(x, np.float64)
+        self._add_interval(past)
+
+    def _add_interval(self, past):
+        self.history.append(past)
+        phase, step, measured = past["phase"], past["step"], past["measured"]
+        columns = {key: x for key, x in past.items() if isinstance(x, np.ndarray)}
         rows = [
             [phase, step, seed]
-            + [blank(x[i].item()) for x in row.values()]
-            + [repr(measured[key][i].item()) if key in measured else "" for key in metrics]
+            + [
+                repr(x[i].item()) if key in measured else blank(x[i].item())
+                for key, x in columns.items()
+            ]
             for i, seed in enumerate(self.seeds)
         ]
-        self._add_rows("scores.csv", ["phase", "step", "seed", *row, *metrics], rows)
+        self._add_rows("scores.csv", ["phase", "step", "seed", *columns], rows)
+        regrets = self._eval_regrets() if phase == "online" else np.full(len(self.seeds), np.nan)
         for i, writer in enumerate(self.writers):
             name = "normalized_eval_score" if self.dataset.reference else "eval_return"
-            values = {f"{phase}_{name}": row["score"][i]}
-            regrets = self._eval_regrets() if phase == "online" else missing
+            values = {f"{phase}_{name}": past["score"][i]}
             rate = "success_rate" if phase == "online" else "offline_success_rate"
-            values |= {rate: row["success_rate"][i], "eval_regret": regrets[i]}
-            for key, x in measured.items():
+            values |= {rate: past["success_rate"][i], "eval_regret": regrets[i]}
+            for key in measured:
                 scale = self.config.batch_size if key == "constrained_fraction" else 1
                 prefix = "online_" if phase == "online" else "offline_" if key == "q1" else ""
-                values[prefix + TENSORBOARD_TAGS.get(key, key)] = x[i] * scale
+                values[prefix + TENSORBOARD_TAGS.get(key, key)] = past[key][i] * scale
             self._add_scalars(i, values, step)
             writer.flush()
 
@@ -155,7 +253,7 @@ class RunLog:
             shown["beta"] = f"{(last['beta_mean'] * last['anneal']).mean():.3f}"
         return shown | {"n": f"{last['n'].mean():.2f}"}
 
-    def finish(self, n_stopped_at, wall_seconds) -> dict:
+    def finish(self, n_stopped_at) -> dict:
         """Writes results.json and the picture, prints the table; returns results.json's content."""
         offline = [past for past in self.history if past["phase"] == "offline"]
         online = [past for past in self.history if past["phase"] == "online"]
@@ -168,7 +266,6 @@ class RunLog:
             for past in self.history
             if "beta_mean" in past["measured"]
         ]
-        rates = np.median(self.online_speeds, axis=0).tolist() if online else [None] * 3
         results = {
             "algorithm": self.algorithm,
             "task": self.config.task,
@@ -189,12 +286,6 @@ class RunLog:
             "n_stopped_at": [int(step) if step >= 0 else None for step in np.asarray(n_stopped_at)],
             "beta_mean": beta[-1].tolist() if beta else [np.nan] * len(self.seeds),
             "trusted_fraction": self.trusted_fraction.tolist(),
-            "updates_per_second": float(np.median(self.speeds)) if self.speeds else rates[0],
-            "online_updates_per_second": rates[0],
-            "env_steps_per_second": rates[1],
-            "env_share": rates[2],
-            "compile_seconds": self.compile_seconds,
-            "wall_seconds": wall_seconds,
             "warnings": self.warnings(),
             "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
             "versions": {"python": platform.python_version()}
@@ -206,9 +297,25 @@ class RunLog:
             writer.close()
         picture = os.path.join(self.workdir, "learning_curve.png")
         plot_run(picture, self.history, self.finished, self.dataset.score, results, self.config)
-        self._write_json("results.json", results)
-        self._print_table(results)
+        timing = self._timing(bool(online))
+        self._write_json("timing.json", timing)
+        self._write_json("results.json", results)  # from here on the run is finished
+        self.checkpoints.remove()
+        os.remove(self.lock.name)
+        self.lock.close()
+        self._print_table(results, timing)
         return results
+
+    def _timing(self, online):
+        rates = np.median(self.online_speeds, axis=0).tolist() if online else [None] * 3
+        return {
+            "updates_per_second": float(np.median(self.speeds)) if self.speeds else rates[0],
+            "online_updates_per_second": rates[0],
+            "env_steps_per_second": rates[1],
+            "env_share": rates[2],
+            "compile_seconds": self.compile_seconds,
+            "wall_seconds": self.seconds_before + time.perf_counter() - self.started,
+        }
 
     def _data(self):
         return {
@@ -271,7 +378,7 @@ class RunLog:
             if np.isfinite(value):
                 self.writers[i].add_scalar(tag, value, step)
 
-    def _print_table(self, results):
+    def _print_table(self, results, timing):
         unit = "normalised score" if results["normalized"] else "return"
         columns = ["behaviour", "before_online", "last", "mean_last_10", "best", "n", "beta_mean"]
         columns = [name for name in columns if results[name] and results[name][0] is not None]
@@ -288,13 +395,13 @@ class RunLog:
         print("\n".join(lines))
         speeds = []
         if self.speeds:
-            speeds.append(f"{results['updates_per_second']:.0f} updates/s")
-        if results["env_steps_per_second"]:
+            speeds.append(f"{timing['updates_per_second']:.0f} updates/s")
+        if timing["env_steps_per_second"]:
             speeds.append(
-                f"{results['env_steps_per_second']:.0f} environment steps/s and "
-                f"{results['online_updates_per_second']:.0f} updates/s online"
+                f"{timing['env_steps_per_second']:.0f} environment steps/s and "
+                f"{timing['online_updates_per_second']:.0f} updates/s online"
             )
-        print(f"{', '.join(speeds)}, {results['wall_seconds']:.0f} s in all -> {self.workdir}")
+        print(f"{', '.join(speeds)}, {timing['wall_seconds']:.0f} s in all -> {self.workdir}")
         self._print_warnings()
 
     def _print_warnings(self):
@@ -302,9 +409,11 @@ class RunLog:
             print(f"warning: {warning}", file=sys.stderr)
 
     def _write_json(self, name, content):
-        with open(os.path.join(self.workdir, name), "w") as file:
+        path = os.path.join(self.workdir, name)
+        with open(path + ".new", "w") as file:
             json.dump(finite(content), file, indent=2, allow_nan=False)
             file.write("\n")
+        os.replace(path + ".new", path)  # whole or not at all
 
 
 def blank(value):
@@ -321,9 +430,17 @@ def finite(content):
     return None if isinstance(content, float) and not np.isfinite(content) else content
 
 
+def remove(path: str) -> None:
+    """A file or folder that may be there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
 def set_aside(workdir: str) -> None:
     """Renames an earlier run's folder to <workdir>.1, .2, ...: nothing already written is lost."""
-    if not os.path.isdir(workdir) or not os.listdir(workdir):
+    if not os.path.isdir(workdir) or set(os.listdir(workdir)) <= {"lock"}:
         return
     number = 1
     while os.path.exists(f"{workdir.rstrip('/')}.{number}"):

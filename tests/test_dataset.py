@@ -356,7 +356,7 @@ def test_fingerprint_sees_every_bit():
 def test_labels_are_cached_and_a_broken_file_is_made_again(tmp_path):
     calls = []
 
-    def make():
+    def make(_):
         calls.append(1)
         return np.array([True, False])
 
@@ -380,7 +380,8 @@ def test_labels_are_cached_and_a_broken_file_is_made_again(tmp_path):
 def test_labels_that_cannot_be_kept_are_announced_before_the_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
 
-    def make():
+    def make(folder):
+        assert folder is None
         assert "labels are not kept, for --config.cache_dir=" in capsys.readouterr().err
         return np.array([True])
 

@@ -96,9 +96,15 @@ def test_run_folder_holds_what_was_promised(run):
                 "beta_mean", "success_rate", "eval_regret", "train_regret"):  # fmt: skip
         assert len(results[key]) == 2, key
     assert results["normalized"] is False
-    for key in ("trusted_fraction", "updates_per_second", "env_steps_per_second", "env_share",
-                "compile_seconds", "wall_seconds", "warnings", "device", "versions"):  # fmt: skip
+    for key in ("trusted_fraction", "warnings", "device", "versions"):
         assert key in results
+    with open(os.path.join(workdir, "timing.json")) as file:
+        timing = json.load(file)
+    for key in ("updates_per_second", "online_updates_per_second", "env_steps_per_second",
+                "env_share", "compile_seconds", "wall_seconds"):  # fmt: skip
+        assert timing[key] > 0
+    assert timing["compile_seconds"] < timing["wall_seconds"]
+    assert not {"unfinished", "lock"} & set(os.listdir(workdir))
     assert results["data"]["transitions"] >= 600
     assert results["warnings"] == ["small buffer: " + SMALL]  # and nothing else to warn of
     with open(os.path.join(workdir, "config.json")) as file:
@@ -390,7 +396,7 @@ def test_folders_that_are_no_run_are_left_alone(data, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--workdir=/proc/x cannot be made"):
+    with pytest.raises(InputError, match="--workdir=/proc/x cannot be written"):
         ssar.main(tiny_config(data), "/proc/x")
     for name, words in (("notes", "holds files of no run"), ("file", "is a file")):
         with pytest.raises(InputError, match=words):

@@ -311,7 +311,9 @@ def test_plain_td3_learns_without_any_data(tmp_path):
     results = ssar.main(config, str(tmp_path / "run"))
     assert results["behaviour"] == [None]
     assert results["last"][0] > results["before_online"][0] + 5
-    assert results["updates_per_second"] == results["env_steps_per_second"]
+    with open(tmp_path / "run" / "timing.json") as file:
+        timing = json.load(file)
+    assert timing["updates_per_second"] == timing["env_steps_per_second"]
     with open(tmp_path / "run" / "results.json") as file:
         assert json.load(file) == results
 
@@ -390,7 +392,7 @@ def test_only_online_steps_need_fit_the_interval_of_an_online_run(offline, data)
 def settings_of(*arguments, script="ssar_td3bc"):
     """The settings that the command line makes of its arguments."""
     code = "import sys; from common.cli import run; "
-    code += f"run(lambda config, workdir: print(config.to_json()), '{script}')"
+    code += f"run(lambda config, *_: print(config.to_json()), '{script}')"
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM: what is under way may end and be saved first, if that takes a few seconds."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+
+import jax
+
+GRACE = 5.0  # seconds from the signal until the run stops where it is
+_caught = []  # the signal that told the run to stop
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was told to stop; `status` is its exit status, 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+def catch_signals() -> None:
+    """From now on Ctrl-C and SIGTERM raise Stopped: after GRACE, or at once the second time.
+
+    A handler that stands for SIGTERM already is left alone, as a scheduler's may.
+    """
+    signal.signal(signal.SIGINT, _catch)
+    signal.signal(signal.SIGALRM, _stop)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _catch)
+
+
+def stop_is_due() -> bool:
+    """Whether a signal has come: save, then call stop()."""
+    return bool(_caught)
+
+
+def stop() -> None:
+    """Raises Stopped for the signal that came."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    raise Stopped(_caught[0])
+
+
+def wait_for(tree):
+    """Blocks until every array of `tree` is there and returns it; signals are heard meanwhile."""
+    for leaf in jax.tree.leaves(tree):
+        while hasattr(leaf, "is_ready") and not leaf.is_ready():  # which PRNG keys do not have
+            time.sleep(0.005)
+    return jax.block_until_ready(tree)
+
+
+def _catch(number, _):
+    if _caught:
+        stop()
+    _caught.append(number)
+    print(f"\n{signal.Signals(number).name}: stops within {GRACE:.0f} s", file=sys.stderr)
+    signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+
+def _stop(*_):
+    stop()

@@ -1,0 +1,285 @@
+"""Runs algorithms, tasks and seeds on this machine or on a SLURM cluster, through submitit.
+
+    python experiments/sweep.py runs/sweep --tasks hopper-medium-v2 walker2d-medium-v2 --seeds=5
+    python experiments/sweep.py runs/fixed --tasks hopper-medium-v2 --seeds=5 --seeds-per-run=5 \
+        --cluster=slurm --parallel=8 --slurm partition=gpu mem=16G -- --config.coefficient=fixed
+
+A run is what `python <algorithm>.py --config=configs/<algorithm>.py:<task>` with the settings after
+`--` does, in <folder>/<algorithm>/<task>/<first seed>. The same command started again leaves out
+what is finished, waits for what is still queued or running on the cluster, and goes on with the
+rest where its last checkpoint is. A job whose time is up is queued again and goes on too. At the
+end, and whenever it is started again, the scores of all finished runs are printed and written to
+<folder>/table.csv. What jobs print is in <folder>/jobs.
+"""
+
+import argparse
+import collections
+import csv
+import dataclasses
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+
+import numpy as np
+import submitit
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ALGORITHMS = ("ssar_td3bc", "ssar_cql")
+OWN_FIELDS = ("task", "seed", "num_seeds")  # are set by the sweep
+SCORES = ("behaviour", "last", "mean_last_10", "best")
+IN_FLIGHT = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "PREEMPTED")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a script, as the job that submitit stores and calls."""
+
+    root: str
+    folder: str
+    algorithm: str
+    task: str
+    seed: int
+    num_seeds: int
+    settings: tuple[str, ...]
+
+    @property
+    def name(self):
+        return f"{self.algorithm}/{self.task}/{self.seed}"
+
+    @property
+    def workdir(self):
+        return os.path.join(self.folder, self.algorithm, self.task, str(self.seed))
+
+    def finished(self):
+        return os.path.exists(os.path.join(self.workdir, "results.json"))
+
+    def __call__(self):
+        script = os.path.join(self.root, f"{self.algorithm}.py")
+        os.chdir(self.root)
+        sys.path.insert(0, self.root)
+        sys.argv = [
+            script,
+            f"--config=configs/{self.algorithm}.py:{self.task}",
+            f"--config.seed={self.seed}",
+            f"--config.num_seeds={self.num_seeds}",
+            *self.settings,
+            f"--workdir={self.workdir}",
+        ]
+        print(*sys.argv, flush=True)
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            if end.code:  # what the user can mend: the job's error, for submitit knows no exit
+                raise RuntimeError(end.code) from None
+
+    def checkpoint(self):
+        """submitit calls this when the time is up: what to queue in place of this job."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def parse(argv):
+    """The arguments, and the settings after `--`."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="where the runs go")
+    parser.add_argument("--algorithms", nargs="+", default=["ssar_td3bc"], choices=ALGORITHMS)
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...; so many a task")
+    parser.add_argument("--seeds-per-run", type=int, default=1, help="in one program")
+    parser.add_argument("--cluster", choices=("local", "slurm"), default="local")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--hours", type=float, default=24.0, help="a job's time")
+    parser.add_argument("--gpus", type=int, default=1, help="of each run; 0 where there are none")
+    parser.add_argument("--cpus", type=int, default=4, help="of each run, on the cluster")
+    parser.add_argument(
+        "--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="partition, account, mem, ..."
+    )
+    args, settings = parser.parse_args(argv[:split]), argv[split + 1 :]
+    for field in ("seeds", "seeds_per_run", "parallel"):
+        if getattr(args, field) < 1:
+            parser.error(f"--{field.replace('_', '-')} must be at least 1")
+    if args.seeds % args.seeds_per_run:
+        parser.error(f"--seeds={args.seeds} must be a multiple of --seeds-per-run")
+    if unreadable := [pair for pair in args.slurm if "=" not in pair]:
+        parser.error(f"--slurm takes <key>=<value>, such as partition=gpu, not {unreadable[0]}")
+    for algorithm in args.algorithms:
+        check_settings(parser, algorithm, args.tasks, settings)
+    return args, settings
+
+
+def check_settings(parser, algorithm, tasks, settings):
+    """Stops before anything is submitted for tasks and fields that do not exist."""
+    module = importlib.import_module(f"configs.{algorithm}")
+    for task in tasks:
+        if task not in module.TASKS:
+            parser.error(f"unknown task '{task}': choose of {', '.join(module.TASKS)}")
+    fields = set(module.get_config(tasks[0])) - set(OWN_FIELDS)
+    for setting in settings:
+        field = setting.partition("=")[0].removeprefix("--config.")
+        if not setting.startswith("--config.") or "=" not in setting or field not in fields:
+            known = ", ".join(sorted(fields))
+            parser.error(
+                f"'{setting}' after -- is no setting for {algorithm}: give --config.<field>=<value>"
+                f" with a field of {known}"
+            )
+
+
+def check_folder(folder, args, settings):
+    """Writes sweep.json, or stops when the folder's runs have other settings than these."""
+    path = os.path.join(folder, "sweep.json")
+    mine = {"settings": settings, "seeds_per_run": args.seeds_per_run}
+    if os.path.exists(path):
+        with open(path) as file:
+            theirs = json.load(file)
+        if theirs != mine:
+            sys.exit(
+                f"sweep: {folder} holds runs of {json.dumps(theirs)}, not {json.dumps(mine)}: "
+                "choose another folder"
+            )
+    elif os.path.isdir(folder) and os.listdir(folder):
+        sys.exit(f"sweep: {folder} holds files of no sweep: choose another folder")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        write_json(path, mine)
+    except OSError as error:
+        sys.exit(f"sweep: {folder} cannot be written ({error.strerror}): choose another folder")
+
+
+def write_json(path, content):
+    """Whole or not at all."""
+    with open(path + ".new", "w") as file:
+        json.dump(content, file, indent=2)
+    os.replace(path + ".new", path)
+
+
+def run_here(runs, args, jobs):
+    """Runs at most `parallel` at a time; when stopped, so are they. Yields (run, job) at an end."""
+    executor = submitit.LocalExecutor(jobs)
+    waiting, running = collections.deque(runs), {}
+    try:
+        while waiting or running:
+            for slot in range(args.parallel):
+                if slot in running and running[slot][1].done():
+                    yield running.pop(slot)
+                if slot not in running and waiting:
+                    run = waiting.popleft()
+                    gpus = range(slot * args.gpus, (slot + 1) * args.gpus)
+                    executor.update_parameters(
+                        timeout_min=60 * args.hours, gpus_per_node=args.gpus, visible_gpus=[*gpus]
+                    )
+                    running[slot] = run, executor.submit(run)
+                    print(f"{run.name} starts, {len(waiting)} wait", flush=True)
+            time.sleep(0.5)
+    finally:
+        for _, job in running.values():
+            job.cancel()
+        while not all(job.done() for _, job in running.values()):
+            time.sleep(0.1)
+
+
+def run_on_slurm(runs, args, jobs):
+    """Submits what is not queued yet as one array and waits. Yields (run, job) at an end."""
+    path = os.path.join(jobs, "slurm.json")
+    ids = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            ids = json.load(file)
+    known = {run: submitit.SlurmJob(jobs, ids[run.name]) for run in runs if run.name in ids}
+    running = [(run, job) for run, job in known.items() if job.state.split()[0] in IN_FLIGHT]
+    new = [run for run in runs if run not in dict(running)]
+    if running:
+        print(f"{len(running)} are queued or running already", flush=True)
+    if new:
+        executor = submitit.SlurmExecutor(jobs, max_num_timeout=1000)  # each goes on further
+        executor.update_parameters(
+            job_name="ssar", time=int(60 * args.hours), cpus_per_task=args.cpus,
+            gpus_per_node=args.gpus or None, array_parallelism=args.parallel,
+            **dict(pair.split("=", 1) for pair in args.slurm),
+        )  # fmt: skip
+        with executor.batch():
+            submitted = [executor.submit(run) for run in new]
+        running += zip(new, submitted, strict=True)
+        write_json(path, ids | {run.name: job.job_id for run, job in running})
+        print(f"{len(new)} submitted; to stop waiting, Ctrl-C: they stay in the queue", flush=True)
+    while running:
+        ended = [(run, job) for run, job in running if run.finished() or job.done()]
+        running = [pair for pair in running if pair not in ended]
+        yield from ended
+        time.sleep(5)
+
+
+def reason(run, job):
+    """Why a job ended without results: the last line that it wrote."""
+    for path in (job.paths.stderr, job.paths.stdout):
+        if path.exists() and (lines := path.read_text(errors="replace").split("\n")):
+            lines = [line.split("\r")[-1].strip() for line in lines if line.strip()]
+            if lines:
+                return f"{lines[-1].removeprefix('RuntimeError: ')} ({path})"
+    return f"it wrote nothing ({job.paths.stderr})"
+
+
+def write_table(folder, runs):
+    """table.csv, and the same on the screen: mean ± standard deviation of the finished seeds."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for run in filter(Run.finished, runs):
+        with open(os.path.join(run.workdir, "results.json")) as file:
+            results = json.load(file)
+        for key in SCORES:
+            values = [np.nan if value is None else value for value in results[key]]
+            groups[run.algorithm, run.task][key] += values
+    with open(os.path.join(folder, "table.csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        columns = [f"{key}_{of}" for key in SCORES for of in ("mean", "std")]
+        writer.writerow(["algorithm", "task", "seeds", *columns])
+        for (algorithm, task), scores in groups.items():
+            values = [f(scores[key]) for key in SCORES for f in (np.mean, np.std)]
+            writer.writerow([algorithm, task, len(scores["last"]), *map(float, values)])
+    print("{:12}{:32}{:>6}".format("algorithm", "task", "seeds"), end="")
+    print("".join(f"{key:>18}" for key in SCORES))
+    for (algorithm, task), scores in groups.items():
+        shown = [f"{np.mean(scores[key]):.1f} ± {np.std(scores[key]):.1f}" for key in SCORES]
+        print(f"{algorithm:12}{task:32}{len(scores['last']):>6}", end="")
+        print("".join(f"{text:>18}" for text in shown))
+
+
+def main(argv):
+    """Runs what is not finished; exit status 1 when something failed."""
+    args, settings = parse(argv)
+    folder = os.path.abspath(os.path.expanduser(args.folder))
+    check_folder(folder, args, settings)
+    firsts = range(0, args.seeds, args.seeds_per_run)
+    runs = [
+        Run(ROOT, folder, algorithm, task, seed, args.seeds_per_run, tuple(settings))
+        for algorithm in args.algorithms
+        for task in args.tasks
+        for seed in firsts
+    ]
+    unfinished = [run for run in runs if not run.finished()]
+    print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    start = run_here if args.cluster == "local" else run_on_slurm
+    failed = 0
+    try:
+        for run, job in start(unfinished, args, os.path.join(folder, "jobs")):
+            if run.finished():
+                print(f"{run.name} is finished", flush=True)
+            else:
+                failed += 1
+                print(f"{run.name} failed: {reason(run, job)}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    write_table(folder, runs)
+    if failed:
+        sys.exit(f"sweep: {failed} of {len(runs)} runs failed: the same command tries them again")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, ROOT)
+    main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""Kills runs of a script with SIGKILL at random moments, starts them again, and reports when.
+
+    python tests/kill_runs.py <script> <data> <folder> <kills> [<longest>] [<online_steps>]
+
+A kill comes at most `longest` seconds after a loop, or a fifth of that after the program, starts.
+`<folder>/whole` is a run without a kill, `<folder>/killed_0`, `killed_1`, ... those with, as many
+as it takes. Each attempt is a process forked before JAX has started anything, so that it need not
+import everything again.
+"""
+
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+
+import jax
+from toys import tiny_config
+
+
+def kill_after(seconds):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def attempt(script, config, workdir, delay=None):
+    """One start of the run; returns whether it came to its end.
+
+    delay: seconds after which it is killed, since its start if negative, else since a loop's.
+    """
+    pid = os.fork()
+    if not pid:
+        try:
+            if delay is not None and delay < 0:
+                kill_after(-delay)
+            elif delay is not None:
+                progress = script.progress
+                script.progress = lambda *args, **more: kill_after(delay) or progress(*args, **more)
+            script.main(config, workdir)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    if status not in (0, signal.SIGKILL):
+        raise SystemExit(f"{workdir} failed with status {status}")
+    return status == 0
+
+
+def where(workdir, cache):
+    """What the run was doing when it was killed, as its files tell."""
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        return "labelling" if os.path.isdir(cache) and os.listdir(cache) else "start"
+    unfinished = os.path.join(workdir, "unfinished")
+    if any("tmp" in name for name in os.listdir(unfinished)):
+        return "checkpoint"
+    path = os.path.join(workdir, "scores.csv")
+    return f"{sum(1 for _ in open(path)) - 1 if os.path.exists(path) else 0} rows"
+
+
+def main(name, data, folder, kills, longest=1.0, online_steps=0):
+    script = importlib.import_module(name)
+    script.IQL_INTERVAL = 30
+    jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    settings = {"num_seeds": 2, "selection": "iql", "iql_steps": 300, "offline_steps": 300}
+    settings |= {"checkpoint_minutes": 0.0, "expectile": 0.3, "online_steps": int(online_steps)}
+    for run in ("first", "whole"):  # the first compiles
+        cache = os.path.join(folder, f"cache_{run}")
+        attempt(
+            script, tiny_config(data, name, cache_dir=cache, **settings), os.path.join(folder, run)
+        )
+
+    rng, killed, number, longest = random.Random(0), [], 0, float(longest)
+    while len(killed) < int(kills):
+        workdir, cache = (os.path.join(folder, f"{x}_{number}") for x in ("killed", "cache_killed"))
+        config = tiny_config(data, name, cache_dir=cache, **settings)
+        while not attempt(script, config, workdir, delay=rng.uniform(-0.2, 1) * longest):
+            killed.append(where(workdir, cache))
+        number += 1
+    print(json.dumps({"killed": killed, "runs": number}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
