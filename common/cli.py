@@ -53,6 +53,7 @@ def run(main, name: str) -> None:
             given = config_flags.get_override_values(flags.FLAGS["config"])
             if config.value.offline_checkpoint and not flags.FLAGS["config"].present:
                 restore_settings(config.value, given)
+            keep_programs(config.value.cache_dir)
             folder = workdir.value
             if hosts.value:
                 join_hosts(hosts.value, config.value)
@@ -83,6 +84,13 @@ def restore_settings(config, given) -> None:
             value = settings[field]
             config[field] = tuple(value) if isinstance(value, list) else value
     config.update(given)  # afterwards: a field may have two names
+
+
+def keep_programs(cache_dir: str) -> None:
+    """Compiled programs go to `cache_dir`/compiled, unless JAX_COMPILATION_CACHE_DIR is set."""
+    if not jax.config.jax_compilation_cache_dir:
+        path = os.path.join(os.path.expanduser(cache_dir), "compiled")
+        jax.config.update("jax_compilation_cache_dir", path)
 
 
 def _settings(name):

@@ -64,7 +64,7 @@ def defaults():
     c.online_steps = 0  # environment steps after them; the paper's are 250_000
     c.eval_interval = 5_000  # updates offline, environment steps online
     c.eval_episodes = 10
-    c.cache_dir = "~/.cache/ssar-jax"  # IQL labels, flat copies of Minari data
+    c.cache_dir = "~/.cache/ssar-jax"  # IQL labels, copies of Minari data, compiled programs
     c.checkpoint_minutes = 1.0  # at least so long from one to the next; 0: every evaluation
 
     # TD3+BC
