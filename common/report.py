@@ -69,13 +69,14 @@ class RunLog:
         try:
             if not resume:
                 set_aside(workdir)
-            os.makedirs(workdir, exist_ok=True)
-            self.lock = lock(workdir)
-            folder = os.path.join(workdir, "unfinished")
-            self.checkpoints = Checkpoints(folder, config.checkpoint_minutes)
+            self._open()
             saved = self.checkpoints.load() if resume else None
             if saved:
                 self._check_data(saved[1])
+            elif os.path.exists(os.path.join(workdir, "scores.csv")):
+                self.lock.close()
+                set_aside(workdir)  # there is no checkpoint to go on from
+                self._open()
             for name in ("scores.csv", "episodes.csv", "tensorboard"):  # written again, or new
                 remove(os.path.join(workdir, name))
             self._write_json("config.json", config.to_dict())
@@ -92,6 +93,12 @@ class RunLog:
             ) from None
         self._print_warnings()  # of the data: before the run, not after it
 
+    def _open(self):
+        os.makedirs(self.workdir, exist_ok=True)
+        self.lock = lock(self.workdir)
+        folder = os.path.join(self.workdir, "unfinished")
+        self.checkpoints = Checkpoints(folder, self.config.checkpoint_minutes)
+
     def _check_data(self, records):
         if records["data_fingerprint"] != self.data_fingerprint:
             raise InputError(
@@ -106,7 +113,8 @@ class RunLog:
             for key in set(past) - {"phase", "step", "measured"}:
                 past[key] = np.array(past[key])
             self._add_interval(past)
-        self._add_episodes([Finished(*episode) for episode in records["episodes"]])
+        if episodes := [Finished(*episode) for episode in records["episodes"]]:
+            self._add_episodes(episodes)
         self.speeds, self.online_speeds = records["speeds"], records["online_speeds"]
         self.compile_seconds, self.seconds_before = records["compile_seconds"], records["seconds"]
         self.arrays, last = arrays, self.history[-1]

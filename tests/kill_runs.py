@@ -1,6 +1,6 @@
 """Kills runs of a script with SIGKILL at random moments, starts them again, and reports when.
 
-    python tests/kill_runs.py <script> <data> <folder> <kills> [<longest>] [<online_steps>]
+    python tests/kill_runs.py <script> <data> <folder> <selection> <kills> <longest>
 
 A kill comes at most `longest` seconds after a loop, or a fifth of that after the program, starts.
 `<folder>/whole` is a run without a kill, `<folder>/killed_0`, `killed_1`, ... those with, as many
@@ -59,18 +59,19 @@ def where(workdir, cache):
     return f"{sum(1 for _ in open(path)) - 1 if os.path.exists(path) else 0} rows"
 
 
-def main(name, data, folder, kills, longest=1.0, online_steps=0):
+def main(name, data, folder, selection, kills, longest):
     script = importlib.import_module(name)
-    script.IQL_INTERVAL = 30
-    jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "compiled"))
+    script.IQL_INTERVAL = 60
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    settings = {"num_seeds": 2, "selection": "iql", "iql_steps": 300, "offline_steps": 300}
-    settings |= {"checkpoint_minutes": 0.0, "expectile": 0.3, "online_steps": int(online_steps)}
-    for run in ("first", "whole"):  # the first compiles
-        cache = os.path.join(folder, f"cache_{run}")
-        attempt(
-            script, tiny_config(data, name, cache_dir=cache, **settings), os.path.join(folder, run)
-        )
+    settings = {"num_seeds": 2, "offline_steps": 300, "checkpoint_minutes": 0.0}
+    settings |= {"selection": selection, "iql_steps": 300, "expectile": 0.3}
+
+    cache = os.path.join(folder, "cache_whole")
+    attempt(
+        script, tiny_config(data, name, cache_dir=cache, **settings), os.path.join(folder, "whole")
+    )
 
     rng, killed, number, longest = random.Random(0), [], 0, float(longest)
     while len(killed) < int(kills):

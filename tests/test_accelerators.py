@@ -59,9 +59,7 @@ def programs(ssar, config):
     [(ssar_td3bc, {}), (ssar_cql, {}), (ssar_cql, {"block_size": 32})],
     ids=["ssar_td3bc", "ssar_cql", "ssar_cql-whole-batch"],
 )
-def test_loops_stay_on_the_device_and_overwrite_their_state(
-    ssar, overrides, platform, monkeypatch
-):
+def test_loops_stay_on_the_device_and_overwrite_their_state(ssar, overrides, platform, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)  # what a CPU does otherwise
     config = tiny_config(
         script=ssar.__name__, num_seeds=SEEDS, online_steps=40, buffer_init="all", **overrides

@@ -1,0 +1,368 @@
+"""Runs that are stopped and gone on with: the same bits as without a stop, and nothing lost."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from toys import tiny_config, toy_columns, write_hdf5
+
+import ssar_cql
+import ssar_td3bc as ssar
+from common import stopping
+from common.checkpoint import load_checkpoint
+from common.checks import InputError, lock
+from common.evaluation import Collector, Evaluator
+
+
+class Killed(BaseException):
+    """What ends a run in these tests where a real one would be killed."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_hdf5(tmp_path_factory.mktemp("data") / "toy.hdf5", **toy_columns())
+
+
+def config_of(data, script=ssar, **overrides):
+    """Two seeds, a checkpoint at every evaluation."""
+    return tiny_config(
+        data, script.__name__, **({"num_seeds": 2, "checkpoint_minutes": 0.0} | overrides)
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The folder of a run without a stop."""
+    workdir = str(tmp_path_factory.mktemp("runs") / "whole")
+    ssar.main(config_of(data), workdir)
+    return workdir
+
+
+def kill_at(owner, name, call, monkeypatch):
+    """owner.name raises Killed instead of doing its work for that time, the first being 1."""
+    work, calls = getattr(owner, name), []
+
+    def watched(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+def start_and_kill(config, workdir, *moment, script=ssar):
+    """A run up to the moment that kill_at is told."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        kill_at(*moment, monkeypatch)
+        try:  # without pytest.raises, whose traceback would keep the run and its lock alive
+            script.main(config, workdir)
+        except Killed:
+            return
+    pytest.fail("it was not killed")
+
+
+def read(workdir, name):
+    with open(os.path.join(workdir, name), "rb") as file:
+        return file.read()
+
+
+def rows_of(workdir, name):
+    with open(os.path.join(workdir, name)) as file:
+        return list(csv.DictReader(file))
+
+
+def flat(tree, path=""):
+    """{path: array} of nested dictionaries and lists."""
+    if isinstance(tree, dict):
+        children = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        children = enumerate(tree)
+    else:
+        return {} if tree is None else {path: np.asarray(tree)}
+    return {k: v for key, child in children for k, v in flat(child, f"{path}/{key}").items()}
+
+
+def assert_same(a, b):
+    """Two finished runs agree in every bit of parameters, scores and results."""
+    states = [flat(load_checkpoint(workdir)) for workdir in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    for key, x in states[0].items():
+        np.testing.assert_array_equal(x, states[1][key], err_msg=key)
+    for name in ("scores.csv", "results.json"):
+        assert read(a, name) == read(b, name), name
+    assert sorted(os.listdir(a)) == sorted(os.listdir(b))
+
+
+def test_sigkill_at_random_moments_changes_no_bit(data, tmp_path):
+    """Ten kills or more, in labelling, intervals, evaluations and checkpoints, up to the end."""
+    command = [sys.executable, os.path.join(ROOT, "tests", "kill_runs.py")]
+    command += ["ssar_td3bc", data, str(tmp_path), "iql", "10", "2.5"]
+    env = os.environ | {"PYTHONPATH": ROOT}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report["killed"]) >= 10
+    for i in range(report["runs"]):
+        assert_same(str(tmp_path / "whole"), str(tmp_path / f"killed_{i}"))
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        (Evaluator, "__call__", 2),  # the interval is trained, its evaluation under way
+        (ssar.RunLog, "_add_rows", 2),  # evaluated, but not in scores.csv
+        (ssar.RunLog, "save", 2),  # in scores.csv, but not in a checkpoint
+        (ssar.RunLog, "finish", 1),  # all done but the results
+    ],
+    ids=["evaluation", "scores", "checkpoint", "results"],
+)
+def test_a_run_goes_on_from_its_last_checkpoint(moment, data, whole, tmp_path, capsys):
+    workdir = str(tmp_path / "run")
+    start_and_kill(config_of(data), workdir, *moment)
+    assert not os.path.exists(os.path.join(workdir, "results.json"))
+    done = 60 if moment[1] == "finish" else 20
+    ssar.main(config_of(data), workdir)
+    assert f"goes on in {workdir} after offline step {done}" in capsys.readouterr().out
+    assert_same(whole, workdir)
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_cql_goes_on_too(data, tmp_path):
+    folders = [str(tmp_path / name) for name in ("whole", "run")]
+    config = config_of(data, ssar_cql, offline_steps=40)
+    ssar_cql.main(config, folders[0])
+    start_and_kill(config, folders[1], Evaluator, "__call__", 2, script=ssar_cql)
+    ssar_cql.main(config, folders[1])
+    assert_same(*folders)
+
+
+@pytest.mark.parametrize("script", [ssar, ssar_cql], ids=["td3bc", "cql"])
+def test_online_the_buffer_and_the_steps_go_on(script, data, tmp_path, monkeypatch):
+    """Killed within the third interval online; rows stored after the second are met again."""
+    config = config_of(data, script, online_steps=80, buffer_init="half")
+    workdir, acted, buffers = str(tmp_path / "run"), [], []
+    step, compile_online = Collector.step, script.compile_online
+
+    def recorded_step(envs, actions):
+        acted.append(step(envs, actions))
+        return acted[-1]
+
+    def recorded_programs(*args):
+        choose, collect, learn, totals = compile_online(*args)
+
+        def recorded_collect(*args):
+            buffers[:] = [collect(*args)]
+            return buffers[0]
+
+        return choose, recorded_collect, learn, totals
+
+    monkeypatch.setattr(Collector, "step", recorded_step)
+    monkeypatch.setattr(script, "compile_online", recorded_programs)
+    start_and_kill(config, workdir, Collector, "step", 47, script=script)
+    before = acted[:40]
+    del acted[:]
+    script.main(config, workdir)
+    met = before + acted
+    assert len(met) == 80
+    (buffer,) = buffers
+    assert int(buffer.added) == 80
+    for field in ("reward", "next_obs", "terminated"):
+        stored = np.asarray(getattr(buffer.rows, field))
+        np.testing.assert_array_equal(
+            stored, np.stack([getattr(outcome, field) for outcome in met], axis=1), err_msg=field
+        )
+    assert len(np.unique(np.asarray(buffer.rows.next_obs)[0], axis=0)) == 80  # no row twice
+
+    rows = [row for row in rows_of(workdir, "scores.csv") if row["seed"] == "0"]
+    steps = [("offline", str(step)) for step in (20, 40, 60)]
+    steps += [("online", str(step)) for step in (0, 20, 40, 60, 80)]
+    assert [(row["phase"], row["step"]) for row in rows] == steps
+    anneal = [float(row["anneal"]) for row in rows[4:]]
+    assert all(a > b for a, b in zip(anneal, anneal[1:], strict=False))
+    for seed in "01":
+        episodes = [row for row in rows_of(workdir, "episodes.csv") if row["seed"] == seed]
+        ends = [int(row["step"]) for row in episodes]
+        starts = [end - int(row["length"]) for end, row in zip(ends, episodes, strict=True)]
+        assert all(a == b for a, b in zip(ends, starts[1:], strict=False) if b != 40)
+        assert 40 in starts  # a new episode after the kill
+    state = load_checkpoint(workdir)["state"]
+    np.testing.assert_array_equal(state["online_step"], 80 - config.warmup_steps)
+    np.testing.assert_array_equal(state["step"], 60 + 80 - config.warmup_steps)
+
+
+def stopped_run(data, workdir, **overrides):
+    """One with two checkpoints, killed before the third evaluation; its settings."""
+    config = config_of(data, **overrides)
+    start_and_kill(config, workdir, Evaluator, "__call__", 3)
+    return config
+
+
+def damage(folder, how):
+    """Breaks every larger file of a checkpoint."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            size = os.path.getsize(path)
+            if size > 500:
+                with open(path, "r+b") as file:
+                    if how == "truncated":
+                        file.truncate(size // 2)
+                    else:
+                        file.seek(size // 2)
+                        byte = file.read(1)[0]
+                        file.seek(size // 2)
+                        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_broken_checkpoint_falls_back_to_the_one_before(how, data, whole, tmp_path, capsys):
+    workdir = str(tmp_path / "run")
+    config = stopped_run(data, workdir)
+    damage(os.path.join(workdir, "unfinished", "2"), how)
+    ssar.main(config, workdir)
+    printed = capsys.readouterr()
+    assert f"the checkpoint {workdir}/unfinished/2 is broken" in printed.err
+    assert "goes on in" in printed.out and "after offline step 20" in printed.out
+    assert_same(whole, workdir)
+
+
+def test_without_a_whole_checkpoint_it_starts_over(data, whole, tmp_path, capsys):
+    workdir = str(tmp_path / "run")
+    config = stopped_run(data, workdir)
+    for step in "12":
+        damage(os.path.join(workdir, "unfinished", step), "truncated")
+    ssar.main(config, workdir)
+    assert capsys.readouterr().err.count("is broken") == 2
+    assert_same(whole, workdir)
+    assert len(rows_of(workdir + ".1", "scores.csv")) == 4  # what had been written is kept
+
+
+def test_another_run_in_the_folder_is_refused_and_kept(data, tmp_path):
+    workdir = str(tmp_path / "run")
+    stopped_run(data, workdir)
+    before = read(workdir, "scores.csv")
+    with pytest.raises(InputError, match=r"discount=0.5 \(there 0.99\), seed=3 \(there 0\)"):
+        ssar.main(config_of(data, seed=3, discount=0.5), workdir)
+    other = write_hdf5(tmp_path / "other.hdf5", **toy_columns(seed=1))
+    with pytest.raises(InputError, match="had other data"):
+        ssar.main(config_of(other), workdir)
+    with open(os.path.join(workdir, "config.json"), "r+") as file:
+        settings = json.load(file) | {"hidden_dims": [8, 8]}
+        file.seek(0)
+        file.truncate()
+        json.dump(settings, file)
+    with pytest.raises(InputError, match="of another version or shape .*kernel_0 is float32"):
+        ssar.main(config_of(data, hidden_dims=(8, 8)), workdir)
+    assert read(workdir, "scores.csv") == before
+    ssar.main(config_of(data, seed=3), workdir, resume=False)
+    assert read(workdir + ".1", "scores.csv") == before
+    assert rows_of(workdir, "scores.csv")[0]["seed"] == "3"
+
+
+def test_two_runs_in_one_folder_are_refused(data, tmp_path):
+    workdir = str(tmp_path / "run")
+    config = stopped_run(data, workdir)
+    with lock(workdir):
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
+            ssar.main(config, workdir)
+    with open(os.path.join(workdir, "lock"), "w") as file:
+        file.write("1\n")  # of a process that died: nobody holds it
+    ssar.main(config, workdir)
+    assert not os.path.exists(os.path.join(workdir, "lock"))
+
+
+# ---------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def signals():
+    """Puts the handlers back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    stopping._caught.clear()
+
+
+def slow():
+    """A program of several seconds."""
+    body = lambda _, x: jnp.sin(x @ x)
+    return jax.jit(lambda x: jax.lax.fori_loop(0, 3000, body, x))(jnp.ones((600, 600)))
+
+
+def test_a_signal_ends_a_long_program_after_the_grace(signals, monkeypatch, capsys):
+    monkeypatch.setattr(stopping, "GRACE", 0.3)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    stopping.catch_signals()
+    result = slow()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(stopping.Stopped, match="SIGTERM") as stopped:
+        stopping.wait_for(result)
+    assert stopped.value.status == 143
+    assert not result.is_ready()  # it was not waited for
+    assert "SIGTERM: stops within" in capsys.readouterr().err
+
+
+def test_a_second_signal_ends_it_at_once_and_other_handlers_stay(signals):
+    other = lambda *_: None
+    signal.signal(signal.SIGTERM, other)
+    stopping.catch_signals()
+    assert signal.getsignal(signal.SIGTERM) is other
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stopping.stop_is_due()
+    with pytest.raises(stopping.Stopped, match="SIGINT") as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert stopped.value.status == 130
+
+
+SETTINGS = """
+import sys
+sys.path.insert(0, {tests!r})
+from toys import tiny_config
+
+def get_config(task=None):
+    return tiny_config({data!r}, num_seeds=2, offline_steps=4000, checkpoint_minutes=60.0)
+"""
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(data, tmp_path):
+    """An hour from checkpoint to checkpoint: the one there is comes of the signal."""
+    (tmp_path / "settings.py").write_text(
+        SETTINGS.format(tests=os.path.join(ROOT, "tests"), data=data)
+    )
+    workdir = str(tmp_path / "run")
+    command = [sys.executable, os.path.join(ROOT, "ssar_td3bc.py"), f"--workdir={workdir}"]
+    command += [f"--config={tmp_path / 'settings.py'}"]
+    reached = 0
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        path = os.path.join(workdir, "scores.csv")
+        while not os.path.exists(path) or len(rows_of(workdir, "scores.csv")) < reached + 4:
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == status, err[-2000:]
+        assert "the same command goes on from the last checkpoint" in out.splitlines()[-1]
+        assert "Traceback" not in err
+        reached = len(rows_of(workdir, "scores.csv"))
+        assert len(os.listdir(os.path.join(workdir, "unfinished"))) <= 2
+    assert 8 <= reached < 400
+    rows = rows_of(workdir, "scores.csv")
+    steps = [int(row["step"]) for row in rows if row["seed"] == "0"]
+    assert steps == list(range(20, 20 * len(steps) + 1, 20))
