@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -73,8 +74,10 @@ class Run:
         try:
             runpy.run_path(script, run_name="__main__")
         except SystemExit as end:
-            if end.code:  # what the user can mend: the job's error, for submitit knows no exit
+            if isinstance(end.code, str):  # what the user can mend: submitit knows no exit
                 raise RuntimeError(end.code) from None
+            if end.code:  # submitit's own, when the time is up
+                raise
 
     def checkpoint(self):
         """submitit calls this when the time is up: what to queue in place of this job."""
@@ -108,6 +111,8 @@ def parse(argv):
         parser.error(f"--seeds={args.seeds} must be a multiple of --seeds-per-run")
     if unreadable := [pair for pair in args.slurm if "=" not in pair]:
         parser.error(f"--slurm takes <key>=<value>, such as partition=gpu, not {unreadable[0]}")
+    if args.cluster == "slurm" and not shutil.which("srun"):
+        parser.error("there is no SLURM here: start it on a login node, or give --cluster=local")
     for algorithm in args.algorithms:
         check_settings(parser, algorithm, args.tasks, settings)
     return args, settings
@@ -160,7 +165,7 @@ def write_json(path, content):
 
 def run_here(runs, args, jobs):
     """Runs at most `parallel` at a time; when stopped, so are they. Yields (run, job) at an end."""
-    executor = submitit.LocalExecutor(jobs)
+    executor = submitit.LocalExecutor(jobs, max_num_timeout=1000)  # each goes on further
     waiting, running = collections.deque(runs), {}
     try:
         while waiting or running:
@@ -211,7 +216,7 @@ def run_on_slurm(runs, args, jobs):
         ended = [(run, job) for run, job in running if run.finished() or job.done()]
         running = [pair for pair in running if pair not in ended]
         yield from ended
-        time.sleep(5)
+        time.sleep(2)  # submitit asks the cluster less often
 
 
 def reason(run, job):
