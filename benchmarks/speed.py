@@ -277,8 +277,9 @@ def measure_growth(case):
 def draw(report, path):
     """Shares of the matrix-product rate, and growth, as one picture."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
     first, *axes = figure.subplots(1, 1 + len(GROWTH))
     ratios = [report[case]["matmul_ratio"] for case in CASES]
     first.bar(list(CASES), ratios, color=["C0", "C1", "C2"])
@@ -291,6 +292,12 @@ def draw(report, path):
                 axis.loglog(sizes, list(growth[what].values()), "o-", color=f"C{i}", label=case)
         axis.loglog(sizes, np.array(sizes) / sizes[0], "k:", lw=0.8, label="in proportion")
         axis.set_xlabel(what)
+        labels = [f"{size / 1e6:g}M" if size >= 1e6 else f"{size:,}" for size in sizes]
+        axis.set_xticks(sizes, labels, fontsize=7)
+        axis.set_ylim(0.8, 1.3 * max(sizes[-1] / sizes[0] if what in ("seeds", "batch") else 2, 2))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("time of an update, relative")
     axes[0].legend(fontsize=7)
     figure.suptitle(report["device"], fontsize=9)
