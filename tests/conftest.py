@@ -19,6 +19,6 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 # Programs are compiled more than once, and by several pytest-xdist workers.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(SCRATCH, "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.makedirs(os.environ["MINARI_DATASETS_PATH"])
 os.environ["D4RL_DATASET_DIR"] = os.path.join(SCRATCH, "d4rl")

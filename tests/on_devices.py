@@ -38,7 +38,7 @@ def main(script, data, workdir):
 
     def label_too(data, ends, keys, fingerprint, config):
         sizes = data.obs.shape[1], data.action.shape[1]
-        state = jax.vmap(lambda key: ssar.iql_init(key, *sizes))(keys)
+        state = jax.jit(jax.vmap(lambda key: ssar.iql_init(key, *sizes)))(keys)
         state = ssar.on_devices(state, "seeds")
         ssar.iql_interval.lower(state, data, config, 30).compile()
         ssar.select_by_advantage.lower(state, data).compile()
