@@ -434,13 +434,14 @@ def label_by_iql(keys, data, config, folder=None):
     checkpoints = Checkpoints(folder, config.checkpoint_minutes)
     state, done = checkpoints.resume(state)
     with progress(config.iql_steps, "iql", done=done) as bar:
-        while bar.n < config.iql_steps:
-            num_updates = min(IQL_INTERVAL, config.iql_steps - bar.n)
+        while done < config.iql_steps:
+            num_updates = min(IQL_INTERVAL, config.iql_steps - done)
+            done += num_updates
             state, info = wait_for(iql_interval(state, data, config, num_updates))
             bar.set_postfix({name: f"{value.mean():.3g}" for name, value in info.items()})
             bar.update(num_updates)
             if checkpoints.due():
-                checkpoints.save(bar.n, state)
+                checkpoints.save(done, state)
     return np.asarray(select_by_advantage(state, data))
 
 
@@ -453,7 +454,7 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
     elif config.selection == "iql":
         name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
         name += ["updates", config.iql_steps, config.batch_size]
-        name += ["rates", config.discount, config.target_update_rate]
+        name += ["rates", config.discount, config.target_update_rate, config.matmul_precision]
         trusted = cached_labels(config.cache_dir, name, partial(label_by_iql, keys, data, config))
     elif config.selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
@@ -708,12 +709,14 @@ def pretrain(state, data, evaluate, log, config):
     with log.compiling():
         train = train_interval.lower(state, data, config=config).compile()
     with progress(config.offline_steps, "offline", done=done) as bar:
-        while bar.n < config.offline_steps:
+        for step in range(
+            done + config.eval_interval, config.offline_steps + 1, config.eval_interval
+        ):
             with log.training(config.eval_interval):
                 state, info = wait_for(train(state, data))
-            bar.update(config.eval_interval)
-            log.interval("offline", bar.n, evaluate(state.actor), info)
+            log.interval("offline", step, evaluate(state.actor), info)
             bar.set_postfix(log.headline())
+            bar.update(config.eval_interval)
             log.save(state)
     return state
 
@@ -839,16 +842,16 @@ def finetune(state, data, envs, evaluate, log, config):
     state: TrainState [S, ...], given up. data: offline_rows. envs: a Collector.
     Returns the state after `online_steps` steps, the first `warmup_steps` of them without update.
     """
+    is_new = not log.has("online")
     (state, buffer), done = log.restore("online", (state, init_buffer(data, config)))
     # Updates split the same keys: a tag that no split reaches keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     with log.compiling():
         choose, collect, learn, totals = compile_online(state, buffer, data, keys, config)
     num_updates = int(state.step[0])
-    if done is None:
+    if is_new:
         info = dict.fromkeys(totals) | {"n": state.threshold.n}
         log.interval("online", 0, evaluate(state.actor), info)
-        done = 0
     obs, started = envs.reset(done), time.perf_counter()
     with progress(config.online_steps, "online", "step", done=done) as bar:
         for step in range(done + 1, config.online_steps + 1):

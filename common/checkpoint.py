@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -81,7 +82,8 @@ class Checkpoints:
         Raises Stopped afterwards if the run was told to stop.
         """
         flat = {path: _to_host(x) for path, x in _by_path(tree) if x.size}
-        records |= {"step": step, "digest": _digest(flat)}
+        records |= {"step": step}
+        records |= {"digest": _digest(flat, records)}
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(flat), records=ocp.args.JsonSave(records)
         )
@@ -100,7 +102,11 @@ class Checkpoints:
         saved = self.folder and self.load()
         if not saved:
             return tree, 0
-        return fill(tree, saved[0]), saved[1]["step"]
+        try:
+            return fill(tree, saved[0]), saved[1]["step"]
+        except ValueError as error:
+            self._set_aside(saved[1]["step"], f"of another version or shape: {error}")
+            return self.resume(tree)
 
     def load(self):
         """The newest whole one: its arrays by path, and its records; None without any."""
@@ -108,19 +114,25 @@ class Checkpoints:
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 saved = self.manager.restore(step, args=args)
-                if saved.records.pop("digest") != _digest(saved.tree):
+                if saved.records.pop("digest") != _digest(saved.tree, saved.records):
                     raise ValueError("its bits have changed")
             except Exception as error:  # whatever orbax makes of a file that is broken
-                reason = " ".join(str(error).split())[:120]
-                print(
-                    f"warning: the checkpoint {os.path.join(self.folder, str(step))} is broken "
-                    f"({reason}): the one before it is tried",
-                    file=sys.stderr,
-                )
-                self.manager.delete(step)
+                self._set_aside(step, " ".join(str(error).split())[:120])
             else:
                 return saved.tree, saved.records
         return None
+
+    def _set_aside(self, step, reason):
+        path = os.path.join(self.folder, str(step))
+        number = sum(name.startswith("broken") for name in os.listdir(self.folder))
+        aside = os.path.join(self.folder, f"broken_{number}_of_step_{step}")
+        print(
+            f"warning: the checkpoint {path} is broken ({reason}): it is now {aside}, and the one "
+            "before it is gone on from, if there is one",
+            file=sys.stderr,
+        )
+        os.rename(path, aside)
+        self.manager.reload()
 
 
 def fill(like, arrays: dict):
@@ -150,9 +162,9 @@ def _name(path):
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _digest(flat):
+def _digest(flat, records):
     """Of names and bits: orbax does not notice when a stored number changes."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(json.dumps(records, sort_keys=True).encode(), digest_size=16)
     for name in sorted(flat):
         digest.update(f"{name}{flat[name].dtype}{flat[name].shape}".encode())
         digest.update(np.ascontiguousarray(flat[name]))

@@ -176,8 +176,8 @@ def lock(workdir: str):
 
     Raises InputError when another process has it.
     """
-    file = open(os.path.join(workdir, "lock"), "a+")
     try:
+        file = open(os.path.join(workdir, "lock"), "a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
@@ -186,6 +186,10 @@ def lock(workdir: str):
         raise InputError(
             f"--workdir={workdir} is in use by process {process}: wait for it, stop it, or choose "
             "another folder"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir} cannot be locked ({error.strerror}): choose another folder"
         ) from None
     file.truncate(0)  # of a process that died
     file.write(f"{os.getpid()}\n")
@@ -228,7 +232,9 @@ def check_workdir(workdir: str, config, resume: bool) -> None:
         )
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise InputError(f"--workdir={workdir} is a file: choose another folder")
-    if os.path.isdir(workdir) and set(os.listdir(workdir)) - {"lock"}:
+    # What a start that died at once may leave is no reason to refuse.
+    begun = {"lock", "unfinished", "config.json.new"}
+    if os.path.isdir(workdir) and set(os.listdir(workdir)) - begun:
         if not _has(workdir, "config.json"):
             raise InputError(f"--workdir={workdir} holds files of no run: choose another folder")
     if _has(workdir, "lock"):

@@ -4,13 +4,14 @@ import functools
 import importlib
 import os
 import sys
+import time
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from common.checks import InputError, load_settings
-from common.stopping import Stopped, catch_signals
+from common.stopping import GRACE, Stopped, catch_signals
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -65,6 +66,8 @@ def run(main, name: str) -> None:
     except Stopped as stopped:
         print(f"{name}: stopped by {stopped}: the same command goes on from the last checkpoint")
         sys.stdout.flush()
+        if jax.distributed.is_initialized() and not jax.process_index():
+            time.sleep(GRACE)  # the others end with this one, and may be saving
         os._exit(stopped.status)  # without waiting for the program under way
     except InputError as error:
         sys.exit(f"{name}: {error}")
@@ -120,6 +123,7 @@ def join_hosts(hosts: str, config) -> None:
     InputError when that cannot be read or the seeds cannot be shared evenly.
     """
     flag = f"--distributed={hosts}"
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
     # The first to end waits for the last, and seeds differ in how long their episodes are.
     initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=86_400)
     parts = hosts.split(",")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -176,7 +175,8 @@ def cached_labels(cache_dir: str, name: list, make) -> np.ndarray:
         return labels
     try:  # before the work
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        lock = open(f"{path}.lock", "w")
+        lock = open(f"{path}.lock", "w")  # stays, as another process may wait for it
+        _wait_for(lock)
     except OSError as error:
         print(
             f"warning: labels are not kept, for --config.cache_dir={cache_dir} cannot be written "
@@ -185,18 +185,21 @@ def cached_labels(cache_dir: str, name: list, make) -> np.ndarray:
         )
         return make(None)
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            if (labels := _load_labels(path)) is None:
-                labels = make(f"{path}.unfinished")
-                with open(f"{path}.new", "wb") as file:
-                    np.save(file, labels)
-                os.replace(f"{path}.new", path)
-                shutil.rmtree(f"{path}.unfinished", ignore_errors=True)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(lock.name)
+        if (labels := _load_labels(path)) is None:
+            labels = make(f"{path}.unfinished")
+            with open(f"{path}.new", "wb") as file:
+                np.save(file, labels)
+            os.replace(f"{path}.new", path)
+            shutil.rmtree(f"{path}.unfinished", ignore_errors=True)
     return labels
+
+
+def _wait_for(lock):
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waits for the process that makes these labels ({lock.name})", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _load_labels(path):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from common.checkpoint import Checkpoints, fill
 from common.checks import InputError, is_unfinished, lock
+from common.dataset import Fingerprint
 from common.evaluation import Finished
 from common.plot import plot_run
 
@@ -31,10 +32,10 @@ TENSORBOARD_TAGS = {
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnasium", "mujoco", "minari", "numpy")
 
 
-def progress(total: int, label: str, unit: str = "update", done: int | None = None):
+def progress(total: int, label: str, unit: str = "update", done: int = 0) -> tqdm:
     """A progress bar that counts gradient updates, or environment steps; `done` of them before."""
     return tqdm(
-        total=total, desc=label, unit=unit, initial=done or 0, unit_scale=True, dynamic_ncols=True,
+        total=total, desc=label, unit=unit, initial=done, unit_scale=True, dynamic_ncols=True,
         mininterval=0.5,
     )  # fmt: skip
 
@@ -65,21 +66,17 @@ class RunLog:
         self.speeds = []  # updates/s of every seed offline
         self.online_speeds = []  # the same online; environment steps/s, and the environments' share
         self.arrays = {}
-        resume = resume and is_unfinished(workdir)
+        self.trusted_fingerprint = _fingerprint(trusted)
         try:
-            if not resume:
-                set_aside(workdir)
             self._open()
+            resume = resume and is_unfinished(workdir)
             saved = self.checkpoints.load() if resume else None
             if saved:
                 self._check_data(saved[1])
-            elif os.path.exists(os.path.join(workdir, "scores.csv")):
-                self.lock.close()
-                set_aside(workdir)  # there is no checkpoint to go on from
-                self._open()
+            elif not resume or os.path.exists(os.path.join(workdir, "scores.csv")):
+                self._set_aside()  # a run of before, or one without a checkpoint to go on from
             for name in ("scores.csv", "episodes.csv", "tensorboard"):  # written again, or new
                 remove(os.path.join(workdir, name))
-            self._write_json("config.json", config.to_dict())
             self.writers = [
                 tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard", f"seed_{seed}"))
                 for seed in self.seeds
@@ -94,18 +91,42 @@ class RunLog:
         self._print_warnings()  # of the data: before the run, not after it
 
     def _open(self):
+        """Makes the folder this process's, whatever is in it."""
         os.makedirs(self.workdir, exist_ok=True)
         self.lock = lock(self.workdir)
+        if not os.path.exists(os.path.join(self.workdir, "config.json")):
+            self._write_json("config.json", self.config.to_dict())
         folder = os.path.join(self.workdir, "unfinished")
         self.checkpoints = Checkpoints(folder, self.config.checkpoint_minutes)
 
+    def _set_aside(self):
+        """Renames what is there to <workdir>.1, .2, ..., unless there is nothing yet."""
+        number, workdir = 1, self.workdir.rstrip("/")
+        if set(os.listdir(workdir)) <= {"lock", "config.json", "unfinished"}:
+            self._write_json("config.json", self.config.to_dict())
+            return
+        while os.path.exists(f"{workdir}.{number}"):
+            number += 1
+        held, aside = self.lock, f"{workdir}.{number}"
+        os.rename(workdir, aside)
+        print(f"the earlier run in {self.workdir} is now {aside}", file=sys.stderr)
+        self._open()
+        os.remove(os.path.join(aside, "lock"))
+        with contextlib.suppress(OSError):  # unless there is something in it
+            os.rmdir(os.path.join(aside, "unfinished"))
+        held.close()
+
     def _check_data(self, records):
-        if records["data_fingerprint"] != self.data_fingerprint:
-            raise InputError(
-                f"the unfinished run in {self.workdir} had other data "
-                f"({records['data_fingerprint']}) than there are now ({self.data_fingerprint}): "
-                "restore its data, choose another --workdir, or give --noresume"
-            )
+        for what, now in (
+            ("data", self.data_fingerprint),
+            ("trusted rows", self.trusted_fingerprint),
+        ):
+            if records[what] != now:
+                raise InputError(
+                    f"the unfinished run in {self.workdir} had other {what} ({records[what]}) than "
+                    f"there are now ({now}): restore them, choose another --workdir, or give "
+                    "--noresume"
+                )
 
     def _take_over(self, arrays, records):
         """What the last checkpoint holds; rows written after it were of no use."""
@@ -127,10 +148,10 @@ class RunLog:
     def restore(self, phase, tree):
         """`tree` and the step where the unfinished run last saved it, if that was in this phase.
 
-        `tree` as it is, and None, in a run that has not come that far.
+        `tree` as it is, and 0, in a run that has not come that far.
         """
         if not self.arrays or self.history[-1]["phase"] != phase:
-            return tree, None
+            return tree, 0
         arrays, self.arrays = self.arrays, {}
         try:
             return fill(tree, arrays), self.history[-1]["step"]
@@ -147,7 +168,7 @@ class RunLog:
         self.checkpoints.save(
             len(self.history),
             tree,
-            data_fingerprint=self.data_fingerprint,
+            **{"data": self.data_fingerprint, "trusted rows": self.trusted_fingerprint},
             history=[
                 {key: x.tolist() if isinstance(x, np.ndarray) else x for key, x in past.items()}
                 for past in self.history
@@ -421,6 +442,7 @@ class RunLog:
         with open(path + ".new", "w") as file:
             json.dump(finite(content), file, indent=2, allow_nan=False)
             file.write("\n")
+            os.fsync(file.fileno())
         os.replace(path + ".new", path)  # whole or not at all
 
 
@@ -446,13 +468,7 @@ def remove(path: str) -> None:
         os.remove(path)
 
 
-def set_aside(workdir: str) -> None:
-    """Renames an earlier run's folder to <workdir>.1, .2, ...: nothing already written is lost."""
-    if not os.path.isdir(workdir) or set(os.listdir(workdir)) <= {"lock"}:
-        return
-    number = 1
-    while os.path.exists(f"{workdir.rstrip('/')}.{number}"):
-        number += 1
-    aside = f"{workdir.rstrip('/')}.{number}"
-    os.rename(workdir, aside)
-    print(f"the earlier run in {workdir} is now {aside}", file=sys.stderr)
+def _fingerprint(trusted) -> str:
+    fingerprint = Fingerprint()
+    fingerprint.add(np.packbits(trusted))
+    return fingerprint.text()

@@ -7,15 +7,16 @@
 A run is what `python <algorithm>.py --config=configs/<algorithm>.py:<task>` with the settings after
 `--` does, in <folder>/<algorithm>/<task>/<first seed>. The same command started again leaves out
 what is finished, waits for what is still queued or running on the cluster, and goes on with the
-rest where its last checkpoint is. A job whose time is up is queued again and goes on too. At the
-end, and whenever it is started again, the scores of all finished runs are printed and written to
-<folder>/table.csv. What jobs print is in <folder>/jobs.
+rest where its last checkpoint is. A cluster's job whose time is up is queued again and goes on too.
+At the end, or when it is stopped, the scores of all finished runs in the folder are printed and
+written to <folder>/table.csv. What jobs print is in <folder>/jobs.
 """
 
 import argparse
 import collections
 import csv
 import dataclasses
+import glob
 import importlib
 import json
 import os
@@ -32,7 +33,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALGORITHMS = ("ssar_td3bc", "ssar_cql")
 OWN_FIELDS = ("task", "seed", "num_seeds")  # are set by the sweep
 SCORES = ("behaviour", "last", "mean_last_10", "best")
-IN_FLIGHT = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "PREEMPTED")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,13 @@ class Run:
         return os.path.exists(os.path.join(self.workdir, "results.json"))
 
     def __call__(self):
+        if self.finished():  # by a job that was submitted twice
+            return
         script = os.path.join(self.root, f"{self.algorithm}.py")
-        os.chdir(self.root)
         sys.path.insert(0, self.root)
         sys.argv = [
             script,
-            f"--config=configs/{self.algorithm}.py:{self.task}",
+            f"--config={self.root}/configs/{self.algorithm}.py:{self.task}",
             f"--config.seed={self.seed}",
             f"--config.num_seeds={self.num_seeds}",
             *self.settings,
@@ -97,13 +98,19 @@ def parse(argv):
     parser.add_argument("--seeds-per-run", type=int, default=1, help="in one program")
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
-    parser.add_argument("--hours", type=float, default=24.0, help="a job's time")
+    parser.add_argument("--hours", type=float, default=24.0, help="a job's time, on the cluster")
     parser.add_argument("--gpus", type=int, default=1, help="of each run; 0 where there are none")
     parser.add_argument("--cpus", type=int, default=4, help="of each run, on the cluster")
     parser.add_argument(
         "--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="partition, account, mem, ..."
     )
     args, settings = parser.parse_args(argv[:split]), argv[split + 1 :]
+    args.tasks, args.algorithms = (list(dict.fromkeys(x)) for x in (args.tasks, args.algorithms))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", " ").split()
+    args.visible = [int(gpu) for gpu in visible if gpu.isdigit()] or range(10**6)
+    if args.cluster == "local" and args.parallel * args.gpus > len(args.visible):
+        parser.error(f"--parallel={args.parallel} with --gpus={args.gpus} needs more GPUs than "
+                     f"CUDA_VISIBLE_DEVICES={','.join(visible)} names")  # fmt: skip
     for field in ("seeds", "seeds_per_run", "parallel"):
         if getattr(args, field) < 1:
             parser.error(f"--{field.replace('_', '-')} must be at least 1")
@@ -138,7 +145,7 @@ def check_settings(parser, algorithm, tasks, settings):
 def check_folder(folder, args, settings):
     """Writes sweep.json, or stops when the folder's runs have other settings than these."""
     path = os.path.join(folder, "sweep.json")
-    mine = {"settings": settings, "seeds_per_run": args.seeds_per_run}
+    mine = {"settings": sorted(settings), "seeds_per_run": args.seeds_per_run}
     if os.path.exists(path):
         with open(path) as file:
             theirs = json.load(file)
@@ -165,7 +172,7 @@ def write_json(path, content):
 
 def run_here(runs, args, jobs):
     """Runs at most `parallel` at a time; when stopped, so are they. Yields (run, job) at an end."""
-    executor = submitit.LocalExecutor(jobs, max_num_timeout=1000)  # each goes on further
+    executor = submitit.LocalExecutor(jobs)
     waiting, running = collections.deque(runs), {}
     try:
         while waiting or running:
@@ -174,9 +181,9 @@ def run_here(runs, args, jobs):
                     yield running.pop(slot)
                 if slot not in running and waiting:
                     run = waiting.popleft()
-                    gpus = range(slot * args.gpus, (slot + 1) * args.gpus)
+                    gpus = args.visible[slot * args.gpus : (slot + 1) * args.gpus]
                     executor.update_parameters(
-                        timeout_min=60 * args.hours, gpus_per_node=args.gpus, visible_gpus=[*gpus]
+                        timeout_min=10**6, gpus_per_node=args.gpus, visible_gpus=[*gpus]
                     )
                     running[slot] = run, executor.submit(run)
                     print(f"{run.name} starts, {len(waiting)} wait", flush=True)
@@ -196,17 +203,25 @@ def run_on_slurm(runs, args, jobs):
         with open(path) as file:
             ids = json.load(file)
     known = {run: submitit.SlurmJob(jobs, ids[run.name]) for run in runs if run.name in ids}
-    running = [(run, job) for run, job in known.items() if job.state.split()[0] in IN_FLIGHT]
+    running = [(run, job) for run, job in known.items() if not job.done(force_check=True)]
     new = [run for run in runs if run not in dict(running)]
     if running:
-        print(f"{len(running)} are queued or running already", flush=True)
+        print(f"{len(running)} are queued or running already (by {path})", flush=True)
     if new:
         executor = submitit.SlurmExecutor(jobs, max_num_timeout=1000)  # each goes on further
-        executor.update_parameters(
-            job_name="ssar", time=int(60 * args.hours), cpus_per_task=args.cpus,
-            gpus_per_node=args.gpus or None, array_parallelism=args.parallel,
-            **dict(pair.split("=", 1) for pair in args.slurm),
-        )  # fmt: skip
+        parameters = {
+            "job_name": "ssar",
+            "time": int(60 * args.hours),
+            "cpus_per_task": args.cpus,
+            "gpus_per_node": args.gpus or None,
+            "array_parallelism": args.parallel,
+        }
+        try:
+            given = dict(pair.split("=", 1) for pair in args.slurm)
+            executor.update_parameters(**parameters | given)
+        except (TypeError, ValueError) as error:
+            message = " ".join(str(error).split())
+            raise SystemExit(f"sweep: --slurm {' '.join(args.slurm)}: {message}") from None
         with executor.batch():
             submitted = [executor.submit(run) for run in new]
         running += zip(new, submitted, strict=True)
@@ -229,15 +244,18 @@ def reason(run, job):
     return f"it wrote nothing ({job.paths.stderr})"
 
 
-def write_table(folder, runs):
+def write_table(folder):
     """table.csv, and the same on the screen: mean ± standard deviation of the finished seeds."""
     groups = collections.defaultdict(lambda: collections.defaultdict(list))
-    for run in filter(Run.finished, runs):
-        with open(os.path.join(run.workdir, "results.json")) as file:
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), *"***", "results.json"))):
+        algorithm, task, seed = path.split(os.sep)[-4:-1]
+        if not seed.isdigit():  # an earlier run, set aside
+            continue
+        with open(path) as file:
             results = json.load(file)
         for key in SCORES:
             values = [np.nan if value is None else value for value in results[key]]
-            groups[run.algorithm, run.task][key] += values
+            groups[algorithm, task][key] += values
     with open(os.path.join(folder, "table.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         columns = [f"{key}_{of}" for key in SCORES for of in ("mean", "std")]
@@ -251,6 +269,11 @@ def write_table(folder, runs):
         shown = [f"{np.mean(scores[key]):.1f} ± {np.std(scores[key]):.1f}" for key in SCORES]
         print(f"{algorithm:12}{task:32}{len(scores['last']):>6}", end="")
         print("".join(f"{text:>18}" for text in shown))
+
+
+def terminate(*_):
+    """SIGTERM is like Ctrl-C."""
+    raise KeyboardInterrupt("SIGTERM")
 
 
 def main(argv):
@@ -267,7 +290,7 @@ def main(argv):
     ]
     unfinished = [run for run in runs if not run.finished()]
     print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, terminate)
     start = run_here if args.cluster == "local" else run_on_slurm
     failed = 0
     try:
@@ -277,10 +300,11 @@ def main(argv):
             else:
                 failed += 1
                 print(f"{run.name} failed: {reason(run, job)}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped: the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    write_table(folder, runs)
+        write_table(folder)
+        sys.exit(143 if stop.args else 130)
+    write_table(folder)
     if failed:
         sys.exit(f"sweep: {failed} of {len(runs)} runs failed: the same command tries them again")
 

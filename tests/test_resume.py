@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from toys import tiny_config, toy_columns, write_hdf5
+from tqdm import tqdm
 
 import ssar_cql
 import ssar_td3bc as ssar
@@ -137,6 +138,20 @@ def test_a_run_goes_on_from_its_last_checkpoint(moment, data, whole, tmp_path, c
     assert os.listdir(tmp_path) == ["run"]
 
 
+def test_a_start_that_dies_at_once_leaves_a_folder_to_start_in(data, whole, tmp_path):
+    workdir = str(tmp_path / "run")
+    start_and_kill(config_of(data), workdir, ssar.RunLog, "_write_json", 1)
+    assert os.listdir(workdir) == ["lock"]
+    ssar.main(config_of(data), workdir)
+    assert_same(whole, workdir)
+
+
+def test_the_progress_bar_may_be_switched_off(data, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(ssar, "progress", lambda *_, **__: tqdm(disable=True))
+    ssar.main(config_of(data), str(tmp_path / "run"))
+    assert_same(whole, str(tmp_path / "run"))
+
+
 def test_cql_goes_on_too(data, tmp_path):
     folders = [str(tmp_path / name) for name in ("whole", "run")]
     config = config_of(data, ssar_cql, offline_steps=40)
@@ -245,6 +260,7 @@ def test_without_a_whole_checkpoint_it_starts_over(data, whole, tmp_path, capsys
     assert capsys.readouterr().err.count("is broken") == 2
     assert_same(whole, workdir)
     assert len(rows_of(workdir + ".1", "scores.csv")) == 4  # what had been written is kept
+    assert len(os.listdir(os.path.join(workdir + ".1", "unfinished"))) == 2
 
 
 def test_another_run_in_the_folder_is_refused_and_kept(data, tmp_path):
@@ -275,6 +291,11 @@ def test_two_runs_in_one_folder_are_refused(data, tmp_path):
     with lock(workdir):
         with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
             ssar.main(config, workdir)
+        with pytest.MonkeyPatch.context() as monkeypatch:  # taken after the first look
+            monkeypatch.setattr(ssar, "check_workdir", lambda *_: None)
+            with pytest.raises(InputError, match="in use by process"):
+                ssar.main(config, workdir, resume=False)
+    assert os.listdir(tmp_path) == ["run"]
     with open(os.path.join(workdir, "lock"), "w") as file:
         file.write("1\n")  # of a process that died: nobody holds it
     ssar.main(config, workdir)

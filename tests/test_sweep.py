@@ -128,6 +128,10 @@ def test_finished_runs_are_left_out_and_the_table_grows(project, tmp_path):
     assert "4 runs, 2 of them finished" in done.stdout
     assert starts(folder) == runs | {f"ssar_td3bc/{task}/2": 1 for task in TASKS[1:]}
     assert re.search(r"hopper-medium-v2 +4 +1.5 ± 1.1", done.stdout)
+    more = sweep(project, folder, "--tasks", *2 * ["custom"], "--seeds=2", "--seeds-per-run=2")
+    assert "1 runs, 0 of them finished" in more.stdout  # though it is named twice
+    with open(folder / "table.csv") as file:
+        assert [row["seeds"] for row in csv.DictReader(file)] == ["2", "4", "4"]
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(project, tmp_path):
