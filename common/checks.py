@@ -184,12 +184,12 @@ def lock(workdir: str):
         process = file.read().strip()
         file.close()
         raise InputError(
-            f"--workdir={workdir} is in use by process {process}: wait for it, stop it, or choose "
-            "another folder"
+            f"{workdir} is in use by process {process}: wait for it, stop it, or choose another "
+            "folder"
         ) from None
     except OSError as error:
         raise InputError(
-            f"--workdir={workdir} cannot be locked ({error.strerror}): choose another folder"
+            f"{workdir} cannot be locked ({error.strerror}): choose another folder"
         ) from None
     file.truncate(0)  # of a process that died
     file.write(f"{os.getpid()}\n")

@@ -64,7 +64,10 @@ def run(main, name: str) -> None:
         catch_signals()
         app.run(start, flags_parser=parse)
     except Stopped as stopped:
-        print(f"{name}: stopped by {stopped}: the same command goes on from the last checkpoint")
+        print(
+            f"{name}: stopped by {stopped}: the same command goes on from the last checkpoint, if "
+            "there is one"
+        )
         sys.stdout.flush()
         if jax.distributed.is_initialized() and not jax.process_index():
             time.sleep(GRACE)  # the others end with this one, and may be saving
@@ -110,6 +113,11 @@ def _one_line(error, name) -> str:
             "no such settings file: give --config=<file>[:<task>], "
             f"for example --config=configs/{name}.py:hopper-medium-v2"
         )
+    if (
+        isinstance(error, flags.UnrecognizedFlagError)
+        and error.flagname in _settings(name).get_config()
+    ):
+        return f"no flag --{error.flagname}: give --config.{error.flagname}=<value>"
     while "Traceback" in str(error) and error.__context__:
         error = error.__context__
     return " ".join(str(error).split())

@@ -183,6 +183,7 @@ class RunLog:
     @contextlib.contextmanager
     def compiling(self):
         """Times what happens inside as compilation."""
+        print("compiles ...", file=sys.stderr, flush=True)
         started = time.perf_counter()
         yield
         self.compile_seconds += time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Runs algorithms, tasks and seeds on this machine or on a SLURM cluster, through submitit.
+r"""Runs algorithms, tasks and seeds on this machine or on a SLURM cluster, through submitit.
 
     python experiments/sweep.py runs/sweep --tasks hopper-medium-v2 walker2d-medium-v2 --seeds=5
     python experiments/sweep.py runs/fixed --tasks hopper-medium-v2 --seeds=5 --seeds-per-run=5 \
@@ -28,8 +28,13 @@ import time
 
 import numpy as np
 import submitit
+from absl import flags
+from ml_collections import config_flags
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from common.checks import InputError, check_config, lock  # noqa: E402
+
 ALGORITHMS = ("ssar_td3bc", "ssar_cql")
 OWN_FIELDS = ("task", "seed", "num_seeds")  # are set by the sweep
 SCORES = ("behaviour", "last", "mean_last_10", "best")
@@ -61,6 +66,9 @@ class Run:
     def __call__(self):
         if self.finished():  # by a job that was submitted twice
             return
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            os.setpgrp()  # Ctrl-C is the sweep's to hear, which then sends SIGTERM
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # for the script to take
         script = os.path.join(self.root, f"{self.algorithm}.py")
         sys.path.insert(0, self.root)
         sys.argv = [
@@ -85,18 +93,24 @@ class Run:
         return submitit.helpers.DelayedSubmission(self)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and every default."""
+
+
 def parse(argv):
     """The arguments, and the settings after `--`."""
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("folder", help="where the runs go")
-    parser.add_argument("--algorithms", nargs="+", default=["ssar_td3bc"], choices=ALGORITHMS)
-    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument(
+        "--algorithms", nargs="+", default=["ssar_td3bc"], choices=ALGORITHMS, help="scripts"
+    )
+    parser.add_argument("--tasks", nargs="+", required=True, help="of the scripts' tables")
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...; so many a task")
     parser.add_argument("--seeds-per-run", type=int, default=1, help="in one program")
-    parser.add_argument("--cluster", choices=("local", "slurm"), default="local")
+    parser.add_argument(
+        "--cluster", choices=("local", "slurm"), default="local", help="where: here, or on SLURM"
+    )
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--hours", type=float, default=24.0, help="a job's time, on the cluster")
     parser.add_argument("--gpus", type=int, default=1, help="of each run; 0 where there are none")
@@ -140,27 +154,43 @@ def check_settings(parser, algorithm, tasks, settings):
                 f"'{setting}' after -- is no setting for {algorithm}: give --config.<field>=<value>"
                 f" with a field of {known}"
             )
+    for task in tasks:
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        arguments = [f"--config={ROOT}/configs/{algorithm}.py:{task}", *settings]
+        try:
+            values(["sweep", *arguments])
+            check_config(values.config)
+        except (flags.Error, ValueError, TypeError) as error:
+            parser.error(f"{algorithm}, {task}: {' '.join(str(error).split())}")
 
 
 def check_folder(folder, args, settings):
-    """Writes sweep.json, or stops when the folder's runs have other settings than these."""
+    """Writes sweep.json, or stops when the folder's runs have other settings than these.
+
+    Returns the open file that keeps other sweeps out.
+    """
     path = os.path.join(folder, "sweep.json")
     mine = {"settings": sorted(settings), "seeds_per_run": args.seeds_per_run}
     if os.path.exists(path):
         with open(path) as file:
             theirs = json.load(file)
-        if theirs != mine:
+        if theirs != mine and glob.glob(os.path.join(glob.escape(folder), *"***", "config.json")):
             sys.exit(
                 f"sweep: {folder} holds runs of {json.dumps(theirs)}, not {json.dumps(mine)}: "
                 "choose another folder"
             )
-    elif os.path.isdir(folder) and os.listdir(folder):
+    elif os.path.isdir(folder) and set(os.listdir(folder)) - {"lock"}:
         sys.exit(f"sweep: {folder} holds files of no sweep: choose another folder")
     try:
         os.makedirs(folder, exist_ok=True)
+        held = lock(folder)
         write_json(path, mine)
+    except InputError as error:
+        sys.exit(f"sweep: {error}")
     except OSError as error:
         sys.exit(f"sweep: {folder} cannot be written ({error.strerror}): choose another folder")
+    return held
 
 
 def write_json(path, content):
@@ -185,14 +215,24 @@ def run_here(runs, args, jobs):
                     executor.update_parameters(
                         timeout_min=10**6, gpus_per_node=args.gpus, visible_gpus=[*gpus]
                     )
+                    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # by the job too
                     running[slot] = run, executor.submit(run)
+                    signal.signal(signal.SIGINT, heard)
                     print(f"{run.name} starts, {len(waiting)} wait", flush=True)
             time.sleep(0.5)
     finally:
-        for _, job in running.values():
-            job.cancel()
-        while not all(job.done() for _, job in running.values()):
-            time.sleep(0.1)
+        stop_jobs([job for _, job in running.values()])
+
+
+def stop_jobs(running):
+    """SIGTERM for the runs, which may save first; once more for one that was just starting."""
+    asked = 0.0
+    while running := [job for job in running if not job.done()]:
+        if time.monotonic() - asked > 10:
+            for job in running:
+                os.kill(int(job.job_id), signal.SIGTERM)  # to submitit's process, which forwards it
+            asked = time.monotonic()
+        time.sleep(0.1)
 
 
 def run_on_slurm(runs, args, jobs):
@@ -244,6 +284,11 @@ def reason(run, job):
     return f"it wrote nothing ({job.paths.stderr})"
 
 
+def deviation(values):
+    """Of a sample; 0 for a single value."""
+    return np.std(values, ddof=1) if len(values) > 1 else 0.0
+
+
 def write_table(folder):
     """table.csv, and the same on the screen: mean ± standard deviation of the finished seeds."""
     groups = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -261,12 +306,12 @@ def write_table(folder):
         columns = [f"{key}_{of}" for key in SCORES for of in ("mean", "std")]
         writer.writerow(["algorithm", "task", "seeds", *columns])
         for (algorithm, task), scores in groups.items():
-            values = [f(scores[key]) for key in SCORES for f in (np.mean, np.std)]
+            values = [f(scores[key]) for key in SCORES for f in (np.mean, deviation)]
             writer.writerow([algorithm, task, len(scores["last"]), *map(float, values)])
     print("{:12}{:32}{:>6}".format("algorithm", "task", "seeds"), end="")
     print("".join(f"{key:>18}" for key in SCORES))
     for (algorithm, task), scores in groups.items():
-        shown = [f"{np.mean(scores[key]):.1f} ± {np.std(scores[key]):.1f}" for key in SCORES]
+        shown = [f"{np.mean(scores[key]):.1f} ± {deviation(scores[key]):.1f}" for key in SCORES]
         print(f"{algorithm:12}{task:32}{len(scores['last']):>6}", end="")
         print("".join(f"{text:>18}" for text in shown))
 
@@ -280,7 +325,7 @@ def main(argv):
     """Runs what is not finished; exit status 1 when something failed."""
     args, settings = parse(argv)
     folder = os.path.abspath(os.path.expanduser(args.folder))
-    check_folder(folder, args, settings)
+    held = check_folder(folder, args, settings)
     firsts = range(0, args.seeds, args.seeds_per_run)
     runs = [
         Run(ROOT, folder, algorithm, task, seed, args.seeds_per_run, tuple(settings))
@@ -305,10 +350,10 @@ def main(argv):
         write_table(folder)
         sys.exit(143 if stop.args else 130)
     write_table(folder)
+    held.close()
     if failed:
         sys.exit(f"sweep: {failed} of {len(runs)} runs failed: the same command tries them again")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, ROOT)
     main(sys.argv[1:])

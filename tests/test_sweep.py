@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT
 from toys import toy_columns, write_hdf5
 
+from common.checks import lock
+
 SWEEP = os.path.join(ROOT, "experiments", "sweep.py")
 
 # In place of an algorithm: every result is the seed; a discount of 0 is refused.
@@ -25,7 +27,9 @@ os.makedirs(given["workdir"], exist_ok=True)
 with open(os.path.join(given["workdir"], "starts"), "a") as file:
     file.write(given["config"] + "\\n")
 time.sleep(float(given.get("config.eval_interval", 0)))
-if given.get("config.discount") == "0":
+with open(os.path.join(given["workdir"], "config.json"), "w") as file:
+    json.dump(given, file)
+if given.get("config.discount") == "0.0":
     print("told", file=sys.stderr)
     sys.exit("ssar_td3bc: no such discount")
 values = [float(seed + i) for i in range(count)]
@@ -86,8 +90,8 @@ for name in os.listdir(os.environ["QUEUE"]):
 def project(tmp_path):
     """A copy of the project whose only algorithm is the one above."""
     root = tmp_path / "project"
-    shutil.copytree(os.path.join(ROOT, "configs"), root / "configs")
-    shutil.copytree(os.path.join(ROOT, "experiments"), root / "experiments")
+    for name in ("configs", "common", "experiments"):
+        shutil.copytree(os.path.join(ROOT, name), root / name)
     (root / "ssar_td3bc.py").write_text(SCRIPT)
     return root
 
@@ -122,13 +126,15 @@ def test_finished_runs_are_left_out_and_the_table_grows(project, tmp_path):
     assert [(row["task"], row["seeds"], row["last_mean"]) for row in rows] == [
         (task, "2", "0.5") for task in TASKS[1:]
     ]
-    assert re.search(r"hopper-medium-v2 +2 +0.5 ± 0.5", done.stdout)
+    assert re.search(r"hopper-medium-v2 +2 +0.5 ± 0.7", done.stdout)
 
     done = sweep(project, folder, *TASKS, "--seeds=4", "--seeds-per-run=2")
     assert "4 runs, 2 of them finished" in done.stdout
     assert starts(folder) == runs | {f"ssar_td3bc/{task}/2": 1 for task in TASKS[1:]}
-    assert re.search(r"hopper-medium-v2 +4 +1.5 ± 1.1", done.stdout)
-    more = sweep(project, folder, "--tasks", *2 * ["custom"], "--seeds=2", "--seeds-per-run=2")
+    assert re.search(r"hopper-medium-v2 +4 +1.5 ± 1.3", done.stdout)
+    more = sweep(
+        project, folder, "--tasks", *2 * ["hopper-expert-v2"], "--seeds=2", "--seeds-per-run=2"
+    )
     assert "1 runs, 0 of them finished" in more.stdout  # though it is named twice
     with open(folder / "table.csv") as file:
         assert [row["seeds"] for row in csv.DictReader(file)] == ["2", "4", "4"]
@@ -136,13 +142,16 @@ def test_finished_runs_are_left_out_and_the_table_grows(project, tmp_path):
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(project, tmp_path):
     folder = tmp_path / "sweep"
-    done = sweep(project, folder, *TASKS, "--seeds=1", "--", "--config.discount=0")
+    done = sweep(project, folder, *TASKS, "--seeds=1", "--", "--config.discount=0.0")
     assert done.returncode == 1
     assert len(starts(folder)) == 2
     for task in TASKS[1:]:
         assert f"ssar_td3bc/{task}/0 failed: ssar_td3bc: no such discount" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("sweep: 2 of 2 runs failed")
     assert "Traceback" not in done.stderr
+    with lock(folder):
+        again = sweep(project, folder, *TASKS, "--seeds=1", "--", "--config.discount=0.0")
+        assert f"is in use by process {os.getpid()}" in again.stderr
     again = sweep(project, folder, *TASKS, "--seeds=1")
     assert again.returncode == 1  # other settings in the same folder
     assert "choose another folder" in again.stderr
@@ -155,6 +164,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(project, tmp_path):
         ([*TASKS, "--", "--config.seed=1"], "'--config.seed=1' after -- is no setting"),
         ([*TASKS, "--", "--config.discont=1"], "is no setting for ssar_td3bc"),
         ([*TASKS, "--seeds=3", "--seeds-per-run=2"], "must be a multiple of --seeds-per-run"),
+        ([*TASKS, "--", "--config.offline_steps=4k"], "ssar_td3bc, hopper-medium-v2: flag --"),
+        ([*TASKS, "--", "--config.discount=2.0"], "--config.discount=2.0 must lie between"),
         ([*TASKS, "--parallel=0"], "--parallel must be at least 1"),
         ([*TASKS, "--slurm", "gpu"], "such as partition=gpu, not gpu"),
         ([*TASKS, "--cluster=slurm"], "there is no SLURM here"),
@@ -199,33 +210,34 @@ def test_slurm_gets_one_array_and_what_is_queued_is_not_submitted_again(project,
 
 
 def test_a_stopped_sweep_stops_its_runs_and_goes_on_with_them(tmp_path):
-    """The real script: killed with its sweep between two checkpoints, then gone on with."""
+    """The real script, an hour from checkpoint to checkpoint: the stop makes the one there is."""
     data = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(300))
     folder = tmp_path / "sweep"
     command = [sys.executable, SWEEP, str(folder), "--tasks", "custom", "--seeds=1", "--"]
     command += [f"--config.{setting}" for setting in (
         f"dataset=d4rl:{data}", "env=toys:ssar-test/Walk-v0", "selection=none", "eval_interval=20",
-        "offline_steps=1000", "hidden_dims=(16,16)", "coefficient_hidden_dims=(16,)",
-        "checkpoint_minutes=0.0", "eval_episodes=1", "batch_size=16",
+        "offline_steps=2000", "hidden_dims=(16,16)", "coefficient_hidden_dims=(16,)",
+        "checkpoint_minutes=60.0", "eval_episodes=1", "batch_size=16",
     )]  # fmt: skip
     env = os.environ | {"PYTHONPATH": os.path.join(ROOT, "tests")}
     run = folder / "ssar_td3bc" / "custom" / "0"
-    first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (run / "unfinished" / "3").exists():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    first = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+    while not (run / "scores.csv").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
-    first.terminate()
-    first.communicate()
-    assert first.returncode == 143
-    time.sleep(0.5)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does
+    _, err = first.communicate()
+    assert first.returncode == 130
+    assert b"Traceback" not in err
     rows = (run / "scores.csv").read_text()
-    time.sleep(1)
-    assert (run / "scores.csv").read_text() == rows  # the run has stopped too
+    assert len(list((run / "unfinished").iterdir())) == 1
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (run / "scores.csv").read_text().startswith(rows)
     logs = [path.read_text() for path in (folder / "jobs").glob("*.out")]
     assert sum("goes on in" in log for log in logs) == 1
     with open(run / "scores.csv") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
-    assert steps == list(range(20, 1001, 20))
+    assert steps == list(range(20, 2001, 20))
     assert json.loads((run / "results.json").read_text())["seeds"] == [0]
