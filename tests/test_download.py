@@ -120,7 +120,7 @@ class Server:
         self.http.content, self.http.mood, self.http.version = content, "well", '"one"'
         self.http.asked = []
         self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}/whole.hdf5"
 
 
