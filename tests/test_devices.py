@@ -21,6 +21,7 @@ from common.checks import InputError
 from common.cli import join_hosts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
 def test_eight_devices_equal_one(script, tmp_path):
     data = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(300))
@@ -79,6 +80,7 @@ def get_config(task=None):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_seeds(tmp_path):
     """Each trains its own two as a run of them alone does, bit for bit."""
     data = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(300))

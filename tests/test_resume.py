@@ -104,6 +104,7 @@ def assert_same(a, b):
     assert sorted(os.listdir(a)) == sorted(os.listdir(b))
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_changes_no_bit(data, tmp_path):
     """Ten kills or more, in labelling, intervals, evaluations and checkpoints, up to the end."""
     command = [sys.executable, os.path.join(ROOT, "tests", "kill_runs.py")]

@@ -180,6 +180,7 @@ def test_what_cannot_run_is_said_before_anything_starts(arguments, words, tmp_pa
     assert starts(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_slurm_gets_one_array_and_what_is_queued_is_not_submitted_again(project, tmp_path):
     folder, queue, tools = tmp_path / "sweep", tmp_path / "queue", tmp_path / "bin"
     queue.mkdir()
