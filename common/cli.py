@@ -64,20 +64,25 @@ def run(main, name: str) -> None:
         catch_signals()
         app.run(start, flags_parser=parse)
     except Stopped as stopped:
-        print(
-            f"{name}: stopped by {stopped}: the same command goes on from the last checkpoint, if "
-            "there is one"
-        )
-        sys.stdout.flush()
-        if jax.distributed.is_initialized() and not jax.process_index():
-            time.sleep(GRACE)  # the others end with this one, and may be saving
-        os._exit(stopped.status)  # without waiting for the program under way
+        _leave(stopped, name)
     except InputError as error:
         sys.exit(f"{name}: {error}")
     except (flags.Error, ValueError, TypeError, AttributeError, OSError) as error:
         if started:  # not about the command line: a fault of ours, to be shown whole
             raise
         sys.exit(f"{name}: {_one_line(error, name)}")
+
+
+def _leave(stopped, name):
+    """Ends the process, without waiting for the program under way."""
+    print(
+        f"{name}: stopped by {stopped}: the same command goes on from the last checkpoint, if "
+        "there is one",
+        flush=True,
+    )
+    if jax.distributed.is_initialized() and not jax.process_index():
+        time.sleep(GRACE)  # the others end with this one, and may be saving
+    os._exit(stopped.status)
 
 
 def restore_settings(config, given) -> None:
