@@ -74,6 +74,7 @@ from common.dataset import (
     episode_returns,
     fit_normalizer,
 )
+from common.diagnosis import check_losses
 from common.evaluation import Collector, Evaluator
 from common.loading import load_dataset
 from common.report import RunLog, progress
@@ -438,6 +439,7 @@ def label_by_iql(keys, data, config, folder=None):
             num_updates = min(IQL_INTERVAL, config.iql_steps - done)
             done += num_updates
             state, info = wait_for(iql_interval(state, data, config, num_updates))
+            check_losses(info, done, config)
             bar.set_postfix({name: f"{value.mean():.3g}" for name, value in info.items()})
             bar.update(num_updates)
             if checkpoints.due():
@@ -663,7 +665,8 @@ def train_interval(state, data, config):
     """`eval_interval` updates of every seed as one scan, with sampling and noise on the device.
 
     state: TrainState [S, ...], donated. data: Transition [N, ...], its `trusted` [S, N].
-    Returns the state and the interval's mean of every metric, [S] each; n is the last.
+    Returns the state; the interval's mean of every metric, [S] each, n's being the last; and of
+    every metric the first update at which it was not finite, [S] i32, 0 for none.
     """
 
     def one_seed(data, state, trusted):
@@ -691,10 +694,21 @@ def train_interval(state, data, config):
         draws = (indices, jax.random.split(noise_key, shape))
         state, infos = jax.lax.scan(body, state._replace(key=key), draws)
         means = dict(zip(names, infos.mean(axis=0), strict=True))
-        return state, means | {"n": state.threshold.n}
+        bad, stride = ~jnp.isfinite(infos), config.eval_interval // len(infos)
+        first = state.step - stride * (len(infos) - 1 - bad.argmax(axis=0))
+        broke = dict(zip(names, jnp.where(bad.any(axis=0), first, 0), strict=True))
+        return state, means | {"n": state.threshold.n}, broke
 
     unlabelled = data._replace(trusted=None)
     return over_seeds(one_seed, unlabelled, state, data.trusted, is_loop=True)
+
+
+@jax.jit
+def broken_parts(state):
+    """Whether a number in it is not finite, of every part of the TrainState: {part: bool [S]}."""
+    broken = lambda part: ~jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(part)]).all()
+    parts = state._replace(key=())._asdict()
+    return jax.vmap(lambda parts: {name: broken(part) for name, part in parts.items()})(parts)
 
 
 @jax.jit
@@ -713,7 +727,8 @@ def pretrain(state, data, evaluate, log, config):
             done + config.eval_interval, config.offline_steps + 1, config.eval_interval
         ):
             with log.training(config.eval_interval):
-                state, info = wait_for(train(state, data))
+                state, info, broke = wait_for(train(state, data))
+            log.check_finite("offline", state.step, broke, broken_parts(state))
             log.interval("offline", step, evaluate(state.actor), info)
             bar.set_postfix(log.headline())
             bar.update(config.eval_interval)
@@ -792,7 +807,8 @@ def online_step(state, totals, buffer, data, config, update_actor):
 
     state: TrainState [S, ...], donated. data: offline_rows. buffer: read alone, for what a program
     both writes and gathers from it would copy for several seeds.
-    totals: {metric: (sum [S], count [])} of the updates before, donated; this one is added.
+    totals: {metric: (sum [S], count [], first update at which it was not finite [S] or 0)} of the
+    updates before, donated; this one is added.
     """
 
     def one_seed(shared, state, stored, trusted):
@@ -807,13 +823,14 @@ def online_step(state, totals, buffer, data, config, update_actor):
     shared = (data._replace(trusted=None), buffer.added)
     state, info = over_seeds(one_seed, shared, state, buffer.rows, data.trusted)
     for name, value in info.items():
-        total, count = totals.get(name, (0.0, 0.0))
-        totals = totals | {name: (total + value, count + 1)}
+        total, count, broke = totals.get(name, (0.0, 0.0, 0))
+        broke = jnp.where((broke == 0) & ~jnp.isfinite(value), state.step, broke)
+        totals = totals | {name: (total + value, count + 1, broke)}
     return state, totals
 
 
 def zero_totals(totals):
-    """Zeros for sums [S], which lie where their seeds do, and counts []."""
+    """Zeros for what is [S], which lies where its seeds do, and what is []."""
     zeros = lambda x: on_devices(jnp.zeros(x.shape, x.dtype), *["seeds"] * x.ndim)
     return jax.tree.map(zeros, totals)
 
@@ -879,7 +896,9 @@ def finetune(state, data, envs, evaluate, log, config):
             if step % config.eval_interval == 0:
                 sums = jax.device_get(totals)  # waits for the last update
                 log.collected(step, time.perf_counter() - started, envs)
-                info = {name: x / count if count else None for name, (x, count) in sums.items()}
+                broke = {name: update for name, (_, _, update) in sums.items()}
+                log.check_finite("online", state.step, broke, broken_parts(state))
+                info = {name: x / count if count else None for name, (x, count, _) in sums.items()}
                 info["n"] = state.threshold.n
                 log.interval("online", step, evaluate(state.actor), info)
                 bar.set_postfix(log.headline())

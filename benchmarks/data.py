@@ -121,7 +121,7 @@ class Sampled:
     def seconds(self):
         """Seconds an update, and a batch."""
         started = time.perf_counter()
-        self.state, _ = jax.block_until_ready(self.train(self.state, self.data))
+        self.state, *_ = jax.block_until_ready(self.train(self.state, self.data))
         between = time.perf_counter()
         self.draw(self.key, self.data).block_until_ready()
         return np.array([between - started, time.perf_counter() - between]) / UPDATES

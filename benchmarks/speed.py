@@ -139,7 +139,7 @@ class Loop:
     def seconds(self):
         """Seconds an update of every seed."""
         started = time.perf_counter()
-        self.state, _ = jax.block_until_ready(self.train(self.state, self.data))
+        self.state, *_ = jax.block_until_ready(self.train(self.state, self.data))
         return (time.perf_counter() - started) / self.updates
 
     def megabytes(self):
@@ -219,11 +219,16 @@ class OnlineLoop:
     def compiling(self):
         return contextlib.nullcontext()
 
+    def has(self, _):
+        return False
+
     def restore(self, _, tree):
-        return tree, None
+        return tree, 0
 
     def interval(self, *_):
         pass
+
+    check_finite = interval
 
     def save(self, _):
         pass

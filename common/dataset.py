@@ -34,6 +34,9 @@ class Dataset:
 
     def __post_init__(self):
         self.widths = {key: getattr(self, key).shape[1] for key in ("observations", "actions")}
+        rows = len(self.actions)
+        at_bound = (np.abs(self.actions[i]).max(axis=1) > 0.999 for i in chunks(rows))
+        self.saturated = sum(map(np.sum, at_bound)) / max(rows, 1)  # share with an action at ±1
 
     def __str__(self):
         """What a run is told to be of."""

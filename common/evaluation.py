@@ -174,7 +174,10 @@ class Collector:
         return self._standardise(observations)
 
     def step(self, actions: np.ndarray) -> Outcome:
-        """Takes one step with actions [S, A] in [-1, 1]."""
+        """Takes one step with actions [S, A] in [-1, 1].
+
+        Raises InputError when the environment gives what is not finite.
+        """
         started = time.perf_counter()
         observations, rewards, terminated, truncated, infos = self.envs.step(actions)
         self.seconds += time.perf_counter() - started
@@ -192,6 +195,13 @@ class Collector:
                 episode = (self.returns[i], self.lengths[i], self.success[i])
                 self.finished.append(Finished(self.steps, int(i), *(x.item() for x in episode)))
             self.returns[ended], self.lengths[ended], self.success[ended] = 0, 0, np.nan
+        for what, x in (("reward", rewards), ("observation", next_obs), ("observation", obs)):
+            if not np.isfinite(x).all():  # it would spoil the buffer, and every update after
+                raise InputError(
+                    f"{self.envs.spec.id} gave a {what} that is not finite at environment step "
+                    f"{self.steps}: mend the environment; the same command goes on from the last "
+                    "checkpoint, if there is one"
+                )
         return Outcome(rewards.astype(np.float32), next_obs, terminated.astype(np.float32), obs)
 
     def _standardise(self, observations) -> np.ndarray:

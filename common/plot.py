@@ -16,7 +16,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-BLUE, ORANGE, GREY = "#1f5fa8", "#c4561a", "#6b6b6b"
+BLUE, ORANGE, GREY, RED = "#1f5fa8", "#c4561a", "#6b6b6b", "#b00020"
 
 
 class Series(NamedTuple):
@@ -31,7 +31,7 @@ class Series(NamedTuple):
 def plot_run(path: str, history, finished, score_of, results: dict, config) -> None:
     """Score beside the behaviour's, β's band, n and where it stopped, and the margin.
 
-    Thin lines are seeds, thick ones their mean, dots episodes of online training, the shaded part
+    What there is to warn of stands below. Thin lines are seeds, thick ones their mean, dots episodes of online training, the shaded part
     is online. history: one dict an evaluation. finished: every seed's. score_of: of a return.
     """
     switch = max([past["step"] for past in history if past["phase"] == "offline"], default=0)
@@ -48,6 +48,9 @@ def plot_run(path: str, history, finished, score_of, results: dict, config) -> N
             f"{results['algorithm']} · {results['task']} · {config.coefficient} β{phase}",
             fontsize=11,
         )
+        if results["warnings"]:
+            heads = "\n".join(warning.split(": ")[0] for warning in results["warnings"])
+            figure.supxlabel(heads, fontsize=8, color=RED)
         _plot_score(axes[0, 0], series, finished, score_of, results)
         _plot_coefficient(axes[0, 1], series, config)
         _plot_threshold(axes[1, 0], series, results, config)

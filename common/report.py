@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from common.checkpoint import Checkpoints, fill
 from common.checks import InputError, is_unfinished, lock
 from common.dataset import Fingerprint
+from common.diagnosis import Diverged, first_broken, likely_cause, signatures
 from common.evaluation import Finished
 from common.plot import plot_run
 
@@ -57,7 +59,7 @@ class RunLog:
         self.algorithm, self.config, self.dataset = algorithm, config, dataset
         self.seeds = [config.seed + i for i in range(config.num_seeds)]
         self.trusted_fraction = trusted.mean(axis=1) if trusted.size else np.ones(len(trusted))
-        self.data_fingerprint = data_fingerprint
+        self.data_fingerprint, self.returns = data_fingerprint, dataset.returns
         self.started, self.seconds_before = started, 0.0
         self.compile_seconds = 0.0
         self.history = []  # one dict an evaluation: phase, step; score and metrics, float64 [S]
@@ -65,7 +67,8 @@ class RunLog:
         self.failures = np.zeros(len(self.seeds))  # of those; NaN where success is not reported
         self.speeds = []  # updates/s of every seed offline
         self.online_speeds = []  # the same online; environment steps/s, and the environments' share
-        self.arrays = {}
+        self.arrays, self.saved = {}, None  # what to go on from; phase and step last saved
+        self.warned = set()
         self.trusted_fingerprint = _fingerprint(trusted)
         try:
             self._open()
@@ -88,7 +91,7 @@ class RunLog:
                 f"--workdir={workdir} cannot be written ({error.strerror or error}): choose "
                 "another folder"
             ) from None
-        self._print_warnings()  # of the data: before the run, not after it
+        self._warn()  # of the data: before the run, not after it
 
     def _open(self):
         """Makes the folder this process's, whatever is in it."""
@@ -139,6 +142,7 @@ class RunLog:
         self.speeds, self.online_speeds = records["speeds"], records["online_speeds"]
         self.compile_seconds, self.seconds_before = records["compile_seconds"], records["seconds"]
         self.arrays, last = arrays, self.history[-1]
+        self.saved = last["phase"], last["step"]
         print(f"goes on in {self.workdir} after {last['phase']} step {last['step']}", flush=True)
 
     def has(self, phase) -> bool:
@@ -165,6 +169,7 @@ class RunLog:
         """After an evaluation, every `checkpoint_minutes`: what the run can go on from."""
         if not self.checkpoints.due():
             return
+        self.saved = self.history[-1]["phase"], self.history[-1]["step"]
         self.checkpoints.save(
             len(self.history),
             tree,
@@ -179,6 +184,43 @@ class RunLog:
             compile_seconds=self.compile_seconds,
             seconds=self.seconds_before + time.perf_counter() - self.started,
         )
+
+    def check_finite(self, phase, updates, broke, parts) -> None:
+        """Raises Diverged when a metric or a part of the state is not finite.
+
+        updates, broke, parts: see first_broken. What has been written stays, the last checkpoint
+        too.
+        """
+        broken = first_broken(*jax.device_get((updates, broke, parts)))
+        if not broken:
+            return
+        i, update, names = broken
+        n = [past["n"][i] for past in self.history[-2:]]
+        rewards = self.config.reward_scale * self.dataset.rewards + self.config.reward_bias
+        cause = likely_cause(
+            self.config,
+            n_grows=len(n) == 2 and n[0] < n[1],
+            saturated=self.dataset.saturated,
+            largest_reward=float(np.abs(rewards).max(initial=0)),
+        )
+        kept = "no checkpoint was due before"
+        if self.saved:
+            where = os.path.join(self.workdir, "unfinished")
+            kept = "the last finite checkpoint, of {} step {}, stays in {}".format(
+                *self.saved, where
+            )
+        elif self.config.checkpoint_minutes:
+            kept += ", with --config.checkpoint_minutes=0 one is at every evaluation"
+        others = f" (with {', '.join(names[1:4])})" if names[1:] else ""
+        at = f"at update {update} ({phase}) of seed {self.seeds[i]}"
+        message = f"diverged: {names[0]}{others} is not finite {at}: {cause}; {kept}"
+        if self.history:
+            known = self._summary([None] * len(self.seeds))
+            self._plot(finite(known | {"warnings": [message, *known["warnings"]]}))
+        for writer in self.writers:
+            writer.close()
+        self.lock.close()
+        raise Diverged(message)
 
     @contextlib.contextmanager
     def compiling(self):
@@ -248,6 +290,7 @@ class RunLog:
         for key, x in metrics.items():
             past[key] = missing if x is None else np.asarray(x, np.float64)
         self._add_interval(past)
+        self._warn()
 
     def _add_interval(self, past):
         self.history.append(past)
@@ -285,23 +328,18 @@ class RunLog:
 
     def finish(self, n_stopped_at) -> dict:
         """Writes results.json and the picture, prints the table; returns results.json's content."""
+        n_stopped_at = [int(step) if step >= 0 else None for step in np.asarray(n_stopped_at)]
         offline = [past for past in self.history if past["phase"] == "offline"]
         online = [past for past in self.history if past["phase"] == "online"]
         learned = [past for past in online if past["step"] > self.config.warmup_steps]
         scores = np.stack([past["score"] for past in learned or offline])  # [intervals, S]
-        behaviour = self.dataset.score(self.dataset.returns)
         last = self.history[-1]
         beta = [
             past["beta_mean"] * past["anneal"]
             for past in self.history
             if "beta_mean" in past["measured"]
         ]
-        results = {
-            "algorithm": self.algorithm,
-            "task": self.config.task,
-            "seeds": self.seeds,
-            "normalized": self.dataset.reference is not None,
-            "behaviour": [behaviour.mean() if len(behaviour) else np.nan] * len(self.seeds),
+        results = self._summary(n_stopped_at) | {
             "before_online": online[0]["score"].tolist() if online else None,
             "last": scores[-1].tolist(),
             "mean_last_10": scores[-10:].mean(axis=0).tolist(),
@@ -313,10 +351,8 @@ class RunLog:
                 for failed, past in zip(self.failures, self.finished, strict=True)
             ],
             "n": last["n"].tolist(),
-            "n_stopped_at": [int(step) if step >= 0 else None for step in np.asarray(n_stopped_at)],
             "beta_mean": beta[-1].tolist() if beta else [np.nan] * len(self.seeds),
             "trusted_fraction": self.trusted_fraction.tolist(),
-            "warnings": self.warnings(),
             "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
             "versions": {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -325,8 +361,7 @@ class RunLog:
         results = finite(results)
         for writer in self.writers:
             writer.close()
-        picture = os.path.join(self.workdir, "learning_curve.png")
-        plot_run(picture, self.history, self.finished, self.dataset.score, results, self.config)
+        self._plot(results)
         timing = self._timing(bool(online))
         self._write_json("timing.json", timing)
         self._write_json("results.json", results)  # from here on the run is finished
@@ -335,6 +370,23 @@ class RunLog:
         self.lock.close()
         self._print_table(results, timing)
         return results
+
+    def _summary(self, n_stopped_at):
+        """Results that the picture shows."""
+        behaviour = self.dataset.score(self.returns)
+        return {
+            "algorithm": self.algorithm,
+            "task": self.config.task,
+            "seeds": self.seeds,
+            "normalized": self.dataset.reference is not None,
+            "behaviour": [behaviour.mean() if len(behaviour) else np.nan] * len(self.seeds),
+            "n_stopped_at": n_stopped_at,
+            "warnings": self.warnings(),
+        }
+
+    def _plot(self, results):
+        picture = os.path.join(self.workdir, "learning_curve.png")
+        plot_run(picture, self.history, self.finished, self.dataset.score, results, self.config)
 
     def _timing(self, online):
         rates = np.median(self.online_speeds, axis=0).tolist() if online else [None] * 3
@@ -384,10 +436,13 @@ class RunLog:
                 "untrained coefficient: without offline training β_φ knows nothing; give "
                 "coefficient=fixed, with coefficient_init=0 for the plain algorithm"
             )
-        last = self.history[-1] if self.history else {"measured": []}
-        broken = [key for key in last["measured"] if not np.isfinite(last[key]).all()]
-        if broken:
-            found.append(f"diverged: {', '.join(broken)} not finite in the last interval")
+        returns = self.returns
+        if not len(returns):
+            returns = np.array([past["return_mean"] for past in self.history] or [0])
+        floor, scale = self.dataset.reference or (returns.min(), returns.max())
+        found += signatures(
+            self.history, floor, scale, self.trusted_fraction, self.config, self.seeds
+        )
         return found
 
     def _eval_regrets(self):
@@ -432,11 +487,15 @@ class RunLog:
                 f"{timing['online_updates_per_second']:.0f} updates/s online"
             )
         print(f"{', '.join(speeds)}, {timing['wall_seconds']:.0f} s in all -> {self.workdir}")
-        self._print_warnings()
+        self._warn(again=True)
 
-    def _print_warnings(self):
+    def _warn(self, again=False):
+        """Prints the warnings, those that have been printed before too if asked to."""
         for warning in self.warnings():
-            print(f"warning: {warning}", file=sys.stderr)
+            kind = re.split("[:(]", warning)[0]
+            if again or kind not in self.warned:
+                tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the progress bar
+                self.warned.add(kind)
 
     def _write_json(self, name, content):
         path = os.path.join(self.workdir, name)

@@ -327,7 +327,7 @@ def test_scan_equals_a_python_loop(config):
         batch = ssar.take(data, rows)
         state, info = update(state, batch, ssar.sample_noise(noise_key, batch, config))
         infos.append(info)
-    scanned, means = ssar.train_interval(
+    scanned, means, broke = ssar.train_interval(
         states(config, [3]), data._replace(trusted=trusted), config
     )
     for a, b in zip(arrays(one(scanned)), arrays(state), strict=True):
@@ -346,12 +346,12 @@ def test_batched_seeds_equal_single_seeds_and_differ(config, monkeypatch):
     trusted = jnp.asarray(rng.random((3, 200)) < shares, jnp.float32)
     with monkeypatch.context() as patch:  # side by side, where a CPU takes one after the other
         patch.setattr(jax, "default_backend", lambda: "not a cpu")
-        together, _ = ssar.train_interval(
+        together, *_ = ssar.train_interval(
             states(config, [5, 6, 7]), data._replace(trusted=trusted), config
         )
     ssar.train_interval.clear_cache()
     for i, seed in enumerate([5, 6, 7]):
-        alone, _ = ssar.train_interval(
+        alone, *_ = ssar.train_interval(
             states(config, [seed]), data._replace(trusted=trusted[i : i + 1]), config
         )
         row = jax.tree.map(lambda x, i=i: x[i], together)
@@ -362,7 +362,7 @@ def test_batched_seeds_equal_single_seeds_and_differ(config, monkeypatch):
             assert not np.array_equal(leaf[0], leaf[1])
     pair = together.critic["kernel_0"][0]
     assert not np.array_equal(pair[0], pair[1])  # the two critics of one seed
-    in_turns, _ = ssar.train_interval(
+    in_turns, *_ = ssar.train_interval(
         states(config, [5, 6, 7]), data._replace(trusted=trusted), config
     )
     assert same_bits(jax.tree.map(lambda x: x[2], in_turns), one(alone))  # the last one above

@@ -45,7 +45,7 @@ def test_scan_equals_a_python_loop(config):
             state, info = update(state, batch, noise)  # the counter decides about the actor
             infos.append(info)
 
-    scanned, means = ssar.train_interval(
+    scanned, means, broke = ssar.train_interval(
         toy_states(config, [3]), data._replace(trusted=trusted), config
     )
     for a, b in zip(arrays(one(scanned)), arrays(state), strict=True):
@@ -64,12 +64,12 @@ def test_batched_seeds_equal_single_seeds_and_differ(config, monkeypatch):
     trusted = jnp.asarray(rng.random((3, 200)) < 0.5, jnp.float32)  # each seed its own D̂
     with monkeypatch.context() as patch:  # side by side, where a CPU takes one after the other
         patch.setattr(jax, "default_backend", lambda: "not a cpu")
-        together, _ = ssar.train_interval(
+        together, *_ = ssar.train_interval(
             toy_states(config, [5, 6, 7]), data._replace(trusted=trusted), config
         )
     ssar.train_interval.clear_cache()
     for i, seed in enumerate([5, 6, 7]):
-        alone, _ = ssar.train_interval(
+        alone, *_ = ssar.train_interval(
             toy_states(config, [seed]), data._replace(trusted=trusted[i : i + 1]), config
         )
         row = jax.tree.map(lambda x, i=i: x[i], together)
