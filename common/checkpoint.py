@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from common.checks import InputError
+from common.checks import InputError, Unwritable
 from common.dataset import Normalizer
 from common.stopping import stop, stop_is_due
 
@@ -22,6 +24,7 @@ def save_checkpoint(workdir, normalizer, trusted, data_fingerprint, name, state)
     """Writes all that training made to `workdir`/`name`, atomically; returns that folder.
 
     state: a pytree of arrays. trusted: D̂, bool [S, N]. data_fingerprint: of the data, in hex.
+    Raises Unwritable.
     """
     path = os.path.join(os.path.abspath(workdir), name)
     tree = {
@@ -31,8 +34,12 @@ def save_checkpoint(workdir, normalizer, trusted, data_fingerprint, name, state)
     }
     if trusted.size:  # there may be no data
         tree["trusted"] = np.ascontiguousarray(trusted)
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path, tree, force=True)
+    try:
+        _reserve(os.path.abspath(workdir), tree)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(path, tree, force=True)
+    except Exception as error:  # whatever orbax makes of it
+        raise Unwritable(path, error) from None
     return path
 
 
@@ -79,7 +86,7 @@ class Checkpoints:
     def save(self, step: int, tree, **records) -> None:
         """Writes a pytree of arrays, and what JSON can hold beside it; `step` is to grow.
 
-        Raises Stopped afterwards if the run was told to stop.
+        Raises Stopped afterwards if the run was told to stop. Raises Unwritable.
         """
         flat = {path: _to_host(x) for path, x in _by_path(tree) if x.size}
         records |= {"step": step}
@@ -87,7 +94,11 @@ class Checkpoints:
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(flat), records=ocp.args.JsonSave(records)
         )
-        self.manager.save(step, args=args)
+        try:
+            _reserve(self.folder, flat, json.dumps(records))
+            self.manager.save(step, args=args)
+        except Exception as error:  # whatever orbax makes of it
+            raise Unwritable(self.folder, error) from None
         self.written = time.perf_counter()
         if stop_is_due():
             stop()
@@ -169,6 +180,17 @@ def _digest(flat, records):
         digest.update(f"{name}{flat[name].dtype}{flat[name].shape}".encode())
         digest.update(np.ascontiguousarray(flat[name]))
     return digest.hexdigest()
+
+
+def _reserve(folder, tree, text=""):
+    """Raises OSError unless there is room for `tree`: orbax fills the screen when there is none."""
+    size = sum(x.nbytes for x in jax.tree.leaves(tree)) + len(text)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, int(1.1 * size) + 2**18)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # of file systems that cannot tell
+            raise
 
 
 def _checkpointer():

@@ -3,10 +3,22 @@
 import fcntl
 import json
 import os
+import tempfile
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is one sentence: what, where, and the mend."""
+
+
+class Unwritable(InputError):
+    """A file cannot be written, as on a full disk; what had been written before is whole."""
+
+    def __init__(self, path: str, error: Exception):
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        super().__init__(
+            f"{path} cannot be written ({reason}): free space or mend its permissions, and the "
+            "same command goes on from the last checkpoint, if there is one"
+        )
 
 
 CHOICES = {
@@ -244,5 +256,10 @@ def check_workdir(workdir: str, config, resume: bool) -> None:
     parent = os.path.abspath(workdir)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
-    if not (os.path.isdir(parent) and os.access(parent, os.W_OK)):
-        raise InputError(f"--workdir={workdir} cannot be made in {parent}: choose another folder")
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir} cannot be written in {parent} ({error.strerror}): choose another "
+            "folder"
+        ) from None

@@ -10,7 +10,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from common.checks import InputError, load_settings
+from common.checks import InputError, Unwritable, load_settings
 from common.stopping import GRACE, Stopped, catch_signals
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -65,6 +65,9 @@ def run(main, name: str) -> None:
         app.run(start, flags_parser=parse)
     except Stopped as stopped:
         _leave(stopped, name)
+    except Unwritable as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # open files would try again, and fill the screen
     except InputError as error:
         sys.exit(f"{name}: {error}")
     except (flags.Error, ValueError, TypeError, AttributeError, OSError) as error:

@@ -181,20 +181,27 @@ def cached_labels(cache_dir: str, name: list, make) -> np.ndarray:
         lock = open(f"{path}.lock", "w")  # stays, as another process may wait for it
         _wait_for(lock)
     except OSError as error:
-        print(
-            f"warning: labels are not kept, for --config.cache_dir={cache_dir} cannot be written "
-            f"({error.strerror})",
-            file=sys.stderr,
-        )
+        _warn(cache_dir, error)
         return make(None)
     with lock:
         if (labels := _load_labels(path)) is None:
             labels = make(f"{path}.unfinished")
-            with open(f"{path}.new", "wb") as file:
-                np.save(file, labels)
-            os.replace(f"{path}.new", path)
+            try:
+                with open(f"{path}.new", "wb") as file:
+                    np.save(file, labels)
+                os.replace(f"{path}.new", path)
+            except OSError as error:  # they are there all the same
+                _warn(cache_dir, error)
             shutil.rmtree(f"{path}.unfinished", ignore_errors=True)
     return labels
+
+
+def _warn(cache_dir, error):
+    print(
+        f"warning: labels are not kept, for --config.cache_dir={cache_dir} cannot be written "
+        f"({error.strerror or error})",
+        file=sys.stderr,
+    )
 
 
 def _wait_for(lock):

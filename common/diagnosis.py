@@ -180,6 +180,6 @@ def drop_at_the_switch(i, history, floor, scale, config) -> str | None:
     return (
         f"drop at the switch with β near zero (SEED): the return fell from {before[0]:.4g} to "
         f"{after:.4g} in the first {WINDOW} evaluations online while β was {beta:.3g}, of "
-        f"coefficient_init={config.coefficient_init:.3g}; anneal more slowly with decay_steps above "
-        f"{config.decay_steps}, or train offline with a larger coefficient_init"
+        f"coefficient_init={config.coefficient_init:.3g}; anneal more slowly with decay_steps "
+        f"above {config.decay_steps}, or train offline with a larger coefficient_init"
     )

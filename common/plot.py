@@ -31,7 +31,7 @@ class Series(NamedTuple):
 def plot_run(path: str, history, finished, score_of, results: dict, config) -> None:
     """Score beside the behaviour's, β's band, n and where it stopped, and the margin.
 
-    What there is to warn of stands below. Thin lines are seeds, thick ones their mean, dots episodes of online training, the shaded part
+    Thin lines are seeds, thick ones their mean, dots episodes of online training, the shaded part
     is online. history: one dict an evaluation. finished: every seed's. score_of: of a return.
     """
     switch = max([past["step"] for past in history if past["phase"] == "offline"], default=0)

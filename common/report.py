@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import importlib.metadata
 import json
 import os
@@ -15,11 +16,13 @@ import time
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from common.checkpoint import Checkpoints, fill
-from common.checks import InputError, is_unfinished, lock
+from common.checks import InputError, Unwritable, is_unfinished, lock
 from common.dataset import Fingerprint
 from common.diagnosis import Diverged, first_broken, likely_cause, signatures
 from common.evaluation import Finished
@@ -40,6 +43,19 @@ def progress(total: int, label: str, unit: str = "update", done: int = 0) -> tqd
         total=total, desc=label, unit=unit, initial=done, unit_scale=True, dynamic_ncols=True,
         mininterval=0.5,
     )  # fmt: skip
+
+
+def writes(method):
+    """A method of RunLog that raises Unwritable when the run folder cannot be written."""
+
+    @functools.wraps(method)
+    def watched(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except OSError as error:
+            raise Unwritable(self.workdir, error) from None
+
+    return watched
 
 
 class RunLog:
@@ -80,10 +96,11 @@ class RunLog:
                 self._set_aside()  # a run of before, or one without a checkpoint to go on from
             for name in ("scores.csv", "episodes.csv", "tensorboard"):  # written again, or new
                 remove(os.path.join(workdir, name))
-            self.writers = [
-                tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard", f"seed_{seed}"))
-                for seed in self.seeds
-            ]
+            self.writers = []  # SummaryWriter's own thread would wait forever on a full disk
+            for seed in self.seeds:
+                folder = os.path.join(workdir, "tensorboard", f"seed_{seed}")
+                os.makedirs(folder)
+                self.writers.append(EventsWriter(os.path.join(folder, "events")))
             if saved:
                 self._take_over(*saved)
         except OSError as error:
@@ -165,6 +182,7 @@ class RunLog:
                 "choose another --workdir, or give --noresume"
             ) from None
 
+    @writes
     def save(self, tree) -> None:
         """After an evaluation, every `checkpoint_minutes`: what the run can go on from."""
         if not self.checkpoints.due():
@@ -185,6 +203,7 @@ class RunLog:
             seconds=self.seconds_before + time.perf_counter() - self.started,
         )
 
+    @writes
     def check_finite(self, phase, updates, broke, parts) -> None:
         """Raises Diverged when a metric or a part of the state is not finite.
 
@@ -237,6 +256,7 @@ class RunLog:
         yield
         self.speeds.append(updates / (time.perf_counter() - started))
 
+    @writes
     def collected(self, step, seconds, envs):
         """Adds the interval that ends at environment step `step`: its time, and what has ended."""
         steps = self.config.eval_interval
@@ -268,6 +288,7 @@ class RunLog:
             "episodes.csv", ["step", "seed", "score", "return", "length", "success"], rows
         )
 
+    @writes
     def interval(self, phase, step, episodes, info):
         """Adds an evaluation, and the mean metrics of the interval before it.
 
@@ -326,6 +347,7 @@ class RunLog:
             shown["beta"] = f"{(last['beta_mean'] * last['anneal']).mean():.3f}"
         return shown | {"n": f"{last['n'].mean():.2f}"}
 
+    @writes
     def finish(self, n_stopped_at) -> dict:
         """Writes results.json and the picture, prints the table; returns results.json's content."""
         n_stopped_at = [int(step) if step >= 0 else None for step in np.asarray(n_stopped_at)]
@@ -459,9 +481,9 @@ class RunLog:
 
     def _add_scalars(self, i, values, step):
         """To tensorboard, for the i-th seed, what is a number."""
-        for tag, value in values.items():
-            if np.isfinite(value):
-                self.writers[i].add_scalar(tag, value, step)
+        numbers = {tag: float(value) for tag, value in values.items() if np.isfinite(value)}
+        summary = Summary(value=[Summary.Value(tag=t, simple_value=x) for t, x in numbers.items()])
+        self.writers[i].write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _print_table(self, results, timing):
         unit = "normalised score" if results["normalized"] else "return"
