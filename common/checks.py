@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import tempfile
 
 
@@ -79,6 +80,8 @@ def check_config(config) -> None:
         alias = " (cql_alpha)" if field == "coefficient_init" and "cql_alpha" in config else ""
         raise InputError(f"--config.{field}={config[field]}{alias} {why}")
 
+    if not re.fullmatch(r"\w[\w.-]*", config.task):
+        refuse("task", "must be a plain name, as it names a folder: letters, digits, . _ and -")
     for field, known in CHOICES.items():
         if config[field] not in known:
             refuse(field, f"is unknown: choose one of {', '.join(filter(None, known))}")
@@ -86,8 +89,8 @@ def check_config(config) -> None:
         if field in config and config[field] is not None and config[field] < 1:
             refuse(field, "must be at least 1")
     for field in NOT_NEGATIVE:
-        if config[field] < 0:
-            refuse(field, "must not be negative")
+        if not 0 <= config[field] < float("inf"):
+            refuse(field, "must not be negative, nor unbounded")
     for field, (low, high) in RANGES.items():
         if field in config and not (low <= config[field] <= high and abs(config[field]) < 1e30):
             refuse(field, f"must lie between {low} and {high}")

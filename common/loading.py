@@ -110,6 +110,11 @@ def _load_hdf5(path: str, env: str | None, task: d4rl.Task | None, rows: str) ->
                 f"{path} is of {env_id}, but {task.name} of {task.env_id}: give that task's file, "
                 "choose another task, or name the environment with --config.env=<id>"
             )
+        if ":" in (env_id or "") and not env:
+            raise InputError(
+                f"{path} asks for a module to be imported, by its attribute env_id={env_id!r}: "
+                f"give --config.env={env_id} if you trust it"
+            )
         spec = env_spec(env or env_id or (task.env_id if task else None), path)
         if spec.id == (env_id or "").rpartition(":")[2]:
             spec.kwargs |= kwargs
@@ -119,6 +124,7 @@ def _load_hdf5(path: str, env: str | None, task: d4rl.Task | None, rows: str) ->
                 f"{path} has no key '{missing[0]}', only {', '.join(sorted(file)) or 'nothing'}: "
                 "a D4RL file needs observations, actions, rewards and terminals"
             )
+        _check_own(path, file)
         columns = _read_columns(path, file, rows)
     reference = reference or (task.reference if task else None)
     reference = reference or d4rl.reference_of(path) or d4rl.reference_of(spec.name)
@@ -139,12 +145,14 @@ def _read_metadata(path, attributes):
     try:
         key = "env_kwargs"
         kwargs = dict(json.loads(found[key] or "{}"))
+        if any(isinstance(value, str) and os.path.sep in value for value in kwargs.values()):
+            raise ValueError("a path, which is not opened on a file's word")
         key = "ref_min_score"
         reference = _stored_reference(found)
     except (TypeError, ValueError):
         raise InputError(
             f"{path}: attribute '{key}' is {found[key]!r}: mend or remove it (env_kwargs is a JSON "
-            "object, the reference scores are numbers)"
+            "object without paths, the reference scores are numbers)"
         ) from None
     return found["env_id"] and str(found["env_id"]), kwargs, reference
 
@@ -164,6 +172,22 @@ def _open_hdf5(path):
             f"{path} is not a readable HDF5 file ({error}): put a whole one in its place, or "
             "delete it, if it is of D4RL's folder, to have it downloaded again"
         ) from None
+
+
+def _check_own(path, file) -> None:
+    """Raises InputError for a column that leads out of the file, to wherever its maker wanted."""
+    for key in (*NEEDED, "timeouts", "next_observations"):
+        column = file.get(key)
+        if not isinstance(column, h5py.Dataset):
+            continue
+        elsewhere = column.file.filename != file.filename or column.external
+        if column.is_virtual:
+            elsewhere = elsewhere or any(x.file_name != "." for x in column.virtual_sources())
+        if elsewhere:
+            raise InputError(
+                f"{path}: '{key}' lies in another file: copy its numbers into this one, as "
+                "`h5repack` and h5py do"
+            )
 
 
 def _read_columns(source, stored, rows) -> dict[str, np.ndarray]:
