@@ -1,11 +1,13 @@
 """Kills runs of a script with SIGKILL at random moments, starts them again, and reports when.
 
-    python tests/kill_runs.py <script> <data> <folder> <selection> <kills> <longest>
+    python tests/kill_runs.py <script> <data> <folder> <selection> <kills> <longest> [<online>]
 
 A kill comes at most `longest` seconds after a loop, or a fifth of that after the program, starts.
 `<folder>/whole` is a run without a kill, `<folder>/killed_0`, `killed_1`, ... those with, as many
 as it takes. Each attempt is a process forked before JAX has started anything, so that it need not
-import everything again.
+import everything again. online: environment steps after the offline updates; then every step taken
+is noted in `<run>.met`, as JSON lines [step, observations it led to], and the replay buffer at the
+end is `<run>.npy`, its successors alone.
 """
 
 import importlib
@@ -17,11 +19,43 @@ import sys
 import threading
 
 import jax
+import numpy as np
 from toys import tiny_config
+
+from common.evaluation import Collector
+from common.report import RunLog
 
 
 def kill_after(seconds):
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def take_notes(script, workdir):
+    """Of this process's steps online and of its replay buffer."""
+    step, compile_online, finish = Collector.step, script.compile_online, RunLog.finish
+    buffers = []
+
+    def noted_step(envs, actions):
+        outcome = step(envs, actions)
+        with open(f"{workdir}.met", "a") as file:
+            print(json.dumps([envs.steps, outcome.next_obs.tolist()]), file=file)
+        return outcome
+
+    def noted_programs(*args):
+        choose, collect, learn, totals = compile_online(*args)
+
+        def noted_collect(*args):
+            buffers[:] = [collect(*args)]
+            return buffers[0]
+
+        return choose, noted_collect, learn, totals
+
+    def noted_finish(log, *args):
+        if buffers:
+            np.save(f"{workdir}.npy", buffers[0].rows.next_obs)
+        return finish(log, *args)
+
+    Collector.step, script.compile_online, RunLog.finish = noted_step, noted_programs, noted_finish
 
 
 def attempt(script, config, workdir, delay=None):
@@ -37,6 +71,7 @@ def attempt(script, config, workdir, delay=None):
             elif delay is not None:
                 progress = script.progress
                 script.progress = lambda *args, **more: kill_after(delay) or progress(*args, **more)
+            take_notes(script, workdir)
             script.main(config, workdir)
             os._exit(0)
         except BaseException as error:
@@ -59,7 +94,7 @@ def where(workdir, cache):
     return f"{sum(1 for _ in open(path)) - 1 if os.path.exists(path) else 0} rows"
 
 
-def main(name, data, folder, selection, kills, longest):
+def main(name, data, folder, selection, kills, longest, online="0"):
     script = importlib.import_module(name)
     script.IQL_INTERVAL = 60
     if not jax.config.jax_compilation_cache_dir:
@@ -67,6 +102,7 @@ def main(name, data, folder, selection, kills, longest):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     settings = {"num_seeds": 2, "offline_steps": 300, "checkpoint_minutes": 0.0}
     settings |= {"selection": selection, "iql_steps": 300, "expectile": 0.3}
+    settings |= {"online_steps": int(online), "warmup_steps": 5, "buffer_init": "half"}
 
     cache = os.path.join(folder, "cache_whole")
     attempt(

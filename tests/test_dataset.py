@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import frozen, toy_columns, write_hdf5
 
+import ssar_cql
 import ssar_td3bc as ssar
 from common import loading
 from common.checks import InputError
@@ -31,7 +32,7 @@ from common.dataset import (
 )
 from common.environments import observation_keys
 from common.evaluation import Evaluator
-from common.loading import load_dataset
+from common.loading import load_dataset, select_rows
 
 # ----------------------------------------------------------------------- the authors' helpers
 
@@ -162,6 +163,51 @@ def test_episodes_against_a_plain_loop(flags, max_steps):
     kept = best_episodes(rewards, ends, 2)
     order = sorted(episodes, key=lambda e: -rewards[e].sum(dtype=float))[:2]
     assert kept.tolist() == [i for episode in order for i in episode]
+
+
+EPISODES = st.lists(  # of quarters, whose sums are exact and often equal the threshold
+    st.lists(st.integers(-4, 4), min_size=1, max_size=5), min_size=1, max_size=8
+)
+
+
+@pytest.mark.parametrize("script", [ssar, ssar_cql])
+@settings(max_examples=100, deadline=None)
+@given(episodes=EPISODES, threshold=st.integers(-8, 8), fail=st.integers(-2, 2))
+def test_trusted_rows_against_a_plain_loop(script, episodes, threshold, fail):
+    rewards = np.concatenate(episodes).astype(np.float32) / 4
+    ends = np.concatenate([[False] * (len(episode) - 1) + [True] for episode in episodes])
+    by_return, by_success = [], []
+    for episode in episodes:
+        total, last = 0, None
+        for reward in episode:
+            total, last = total + reward, reward
+        by_return += [total > threshold for _ in episode]
+        by_success += [last != fail for _ in episode]
+    got = script.select_by_return(rewards, ends, threshold / 4)
+    assert got.tolist() == by_return
+    assert script.select_by_success(rewards, ends, fail / 4).tolist() == by_success
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    flags=st.lists(st.sampled_from(["", "", "terminal", "timeout"]), min_size=1, max_size=30),
+    max_steps=st.sampled_from([None, 1, 4]),
+)
+def test_rows_without_recorded_successors_against_a_plain_loop(flags, max_steps):
+    """A row stays if the next one follows it in its episode, or if its task ended there."""
+    columns = {
+        "observations": np.arange(len(flags), dtype=np.float32)[:, None],
+        "terminals": np.array([flag == "terminal" for flag in flags]),
+        "timeouts": np.array([flag == "timeout" for flag in flags]),
+    }
+    limit = None if columns["timeouts"].any() else max_steps  # else they are the recording's
+    expected, length = [], 0
+    for i, flag in enumerate(flags):
+        length += 1
+        ended = flag != "" or length == limit or i == len(flags) - 1
+        expected.append(flag == "terminal" or not ended)
+        length = 0 if ended else length
+    assert select_rows(columns, "all", max_steps)[1].tolist() == expected
 
 
 def test_hdf5_with_successors_keeps_every_row(tmp_path):
@@ -387,6 +433,13 @@ def test_labels_that_cannot_be_kept_are_announced_before_the_work(tmp_path, caps
         return np.array([True])
 
     assert cached_labels(str(tmp_path / "file"), ["abc"], make)
+
+
+def test_labels_without_room_are_used_all_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(np, "save", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    assert cached_labels(str(tmp_path), ["abc"], lambda folder: np.array([True]))
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "abc.npy")
 
 
 # ----------------------------------------------------------------------- Minari

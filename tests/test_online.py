@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toys import (
     ACTION,
     OBS,
@@ -37,6 +39,7 @@ from common.loading import load_dataset
 
 IDENTITY = Normalizer(np.zeros(OBS, np.float32), np.ones(OBS, np.float32))
 STARTS = ("all", "half", "part", "none")
+sample = jax.jit(ssar.sample_batch, static_argnames="config")
 
 
 @pytest.fixture(scope="module")
@@ -154,19 +157,30 @@ def tagged(tags):
     return ssar.Transition(**columns)
 
 
-def test_a_full_buffer_forgets_the_oldest_row_of_every_seed():
-    config = frozen(online_steps=5, num_seeds=2)
-    buffer = ssar.init_buffer(tagged(range(3)), config)
-    for t in range(13):
-        buffer = ssar.store(buffer, tagged([100 + t, 200 + t]))
-        kept = list(range(max(0, t - 4), t + 1))
-        held = min(t + 1, 5)
+@pytest.mark.parametrize("script", [ssar, ssar_cql])
+@settings(max_examples=25, deadline=None)
+@given(capacity=st.sampled_from([1, 2, 5]), stores=st.integers(1, 14))
+def test_the_ring_against_a_plain_list(script, capacity, stores):
+    """Of every seed the newest rows, whole, each once; and batches draw from these alone."""
+    config = frozen(
+        script=script.__name__, online_steps=20, num_seeds=2, buffer_capacity=capacity,
+        buffer_init="none",
+    )  # fmt: skip
+    buffer, kept = script.init_buffer(tagged(range(3)), config), []
+    empty = jax.tree.map(lambda x: jnp.asarray(x[:0]), tagged(range(3)))
+    for t in range(stores):
+        buffer = script.store(buffer, tagged([100 + t, 200 + t]))
+        kept = [*kept, t][-capacity:]
         assert int(buffer.added) == t + 1
         for i, base in enumerate((100, 200)):
             for column in buffer.rows:
-                values = np.asarray(column[i, :held]).reshape(held, -1)
+                values = np.asarray(column[i, : len(kept)]).reshape(len(kept), -1)
                 assert sorted(values[:, 0]) == [base + k for k in kept]
                 assert (values == values[:, :1]).all()
+    for i, base in enumerate((100, 200)):
+        rows = jax.tree.map(lambda x, i=i: x[i], buffer.rows)
+        batch = sample(jax.random.key(stores), empty, rows, buffer.added, config)
+        assert set(np.asarray(batch.reward)) <= {base + k for k in kept}
 
 
 @pytest.mark.parametrize("buffer_init", STARTS)

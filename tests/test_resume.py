@@ -1,8 +1,11 @@
 """Runs that are stopped and gone on with: the same bits as without a stop, and nothing lost."""
 
+import contextlib
 import csv
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib.figure import Figure
 from toys import tiny_config, toy_columns, write_hdf5
 from tqdm import tqdm
 
@@ -104,18 +108,53 @@ def assert_same(a, b):
     assert sorted(os.listdir(a)) == sorted(os.listdir(b))
 
 
-@pytest.mark.slow
-def test_sigkill_at_random_moments_changes_no_bit(data, tmp_path):
-    """Ten kills or more, in labelling, intervals, evaluations and checkpoints, up to the end."""
-    command = [sys.executable, os.path.join(ROOT, "tests", "kill_runs.py")]
-    command += ["ssar_td3bc", data, str(tmp_path), "iql", "10", "2.5"]
+def kill_runs(*arguments):
+    """What tests/kill_runs.py reports, after ten kills or more."""
+    command = [sys.executable, os.path.join(ROOT, "tests", "kill_runs.py"), *arguments]
     env = os.environ | {"PYTHONPATH": ROOT}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report["killed"]) >= 10
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
+def test_sigkill_at_random_moments_changes_no_bit(script, data, tmp_path):
+    """Ten kills or more, in labelling, intervals, evaluations and checkpoints, up to the end."""
+    report = kill_runs(script, data, str(tmp_path), "iql", "10", "2.5")
     for i in range(report["runs"]):
         assert_same(str(tmp_path / "whole"), str(tmp_path / f"killed_{i}"))
+
+
+@pytest.mark.slow
+def test_sigkill_online_loses_no_row_and_doubles_none(data, tmp_path):
+    """What the last process to take a step met is in that step's place, and the curve is whole."""
+    report = kill_runs("ssar_td3bc", data, str(tmp_path), "return", "10", "4", "200")
+    for name in ("whole", *(f"killed_{i}" for i in range(report["runs"]))):
+        workdir = str(tmp_path / name)
+        with open(f"{workdir}.met") as file:
+            lines = [line for line in file if line.endswith("]]]\n")]  # none that a kill cut short
+        met = dict(json.loads(line) for line in lines)
+        assert sorted(met) == list(range(1, 201))
+        expected = np.stack([met[step] for step in sorted(met)], axis=1)  # [S, steps, O]
+        np.testing.assert_array_equal(np.load(f"{workdir}.npy"), expected.astype(np.float32))
+        rows = [row for row in rows_of(workdir, "scores.csv") if row["seed"] == "1"]
+        steps = [("offline", step) for step in range(20, 301, 20)]
+        steps += [("online", step) for step in range(0, 201, 20)]
+        assert [(row["phase"], int(row["step"])) for row in rows] == steps
+        offline = [row["score"] for row in rows[:15]]
+        if name == "whole":
+            expected_offline = offline
+        assert offline == expected_offline
+        np.testing.assert_array_equal(load_checkpoint(workdir)["state"]["online_step"], 195)
+        for seed in "01":
+            episodes = [r for r in rows_of(workdir, "episodes.csv") if r["seed"] == seed]
+            ends = [int(row["step"]) for row in episodes]
+            starts = [end - int(row["length"]) for end, row in zip(ends, episodes, strict=True)]
+            # One episode follows the other, but for those that end with a process.
+            assert all(a == b or b % 20 == 0 for a, b in zip([0, *ends], starts, strict=False))
 
 
 @pytest.mark.parametrize(
@@ -301,6 +340,74 @@ def test_two_runs_in_one_folder_are_refused(data, tmp_path):
         file.write("1\n")  # of a process that died: nobody holds it
     ssar.main(config, workdir)
     assert not os.path.exists(os.path.join(workdir, "lock"))
+
+
+# ----------------------------------------------------------------------------------- no room
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """While it lasts, files of this process can hold so many bytes, as where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("size", "minutes", "done"),
+    [
+        (500, 0.0, 0),  # config.json is longer
+        (4_000, 60.0, 1),  # scores.csv, or tensorboard's file, at some evaluation
+        (100_000, 0.0, 1),  # the first checkpoint
+        (100_000, 60.0, 3),  # the trained state
+    ],
+)
+def test_without_room_a_run_stops_and_goes_on(size, minutes, done, data, whole, tmp_path):
+    workdir = str(tmp_path / "run")
+    config = config_of(data, checkpoint_minutes=minutes)
+    with largest_file(size), pytest.raises(InputError) as error:
+        ssar.main(config, workdir)
+    message = str(error.value)
+    assert f"{workdir}" in message and "cannot be written (File too large): " in message
+    assert "\n" not in message
+    if done:
+        assert "the same command goes on from the last checkpoint" in message
+        assert len(rows_of(workdir, "scores.csv")) >= 2 * done
+    del error  # its traceback keeps the run, and its lock, alive
+    ssar.main(config, workdir)
+    assert_same(whole, workdir)
+
+
+def test_a_picture_that_cannot_be_written_costs_no_result(data, whole, tmp_path, monkeypatch):
+    def no_room(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    workdir = str(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", no_room)
+        with pytest.raises(InputError, match="run cannot be written .No space left on device.: "):
+            ssar.main(config_of(data), workdir)
+    assert "results.json" not in os.listdir(workdir)
+    ssar.main(config_of(data), workdir)
+    assert_same(whole, workdir)
+
+
+def test_a_process_without_room_says_one_sentence(data, tmp_path):
+    (tmp_path / "settings.py").write_text(
+        SETTINGS.format(tests=os.path.join(ROOT, "tests"), data=data)
+    )
+    command = [sys.executable, os.path.join(ROOT, "ssar_td3bc.py")]
+    command += [f"--config={tmp_path / 'settings.py'}", f"--workdir={tmp_path / 'run'}"]
+    with largest_file(4_000):
+        env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # which would warn as well
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ssar_td3bc: {tmp_path}/run cannot be written (File too large): free ")
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------- signals
