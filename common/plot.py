@@ -67,7 +67,9 @@ def plot_run(path: str, history, finished, score_of, results: dict, config) -> N
             )  # fmt: skip
         for axis in axes[1]:
             axis.set_xlabel(f"{unit} (thousands)")
-            axis.set_xlim(0, series.x[-1] * 1.01)
+            axis.set_xlim(
+                0, max(series.x[-1], 0.001) * 1.01
+            )  # a run may end at its first evaluation
         figure.savefig(path, dpi=160)
 
 

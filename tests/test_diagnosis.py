@@ -3,22 +3,16 @@
 import json
 import os
 
-import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from test_resume import config_of, rows_of
-from toys import frozen, tiny_config, toy_batch, toy_columns, toy_states, write_hdf5
+from toys import frozen, tiny_config, toy_columns, write_hdf5
 
-import ssar_cql
 import ssar_td3bc as ssar
 from common.checks import InputError
 from common.diagnosis import Diverged, first_broken, likely_cause, signatures
 from common.evaluation import Episodes, Evaluator
-
-SCRIPTS = pytest.mark.parametrize("script", [ssar, ssar_cql], ids=lambda script: script.__name__)
 
 
 @pytest.fixture(scope="module")
@@ -54,61 +48,6 @@ def test_the_first_that_broke_is_named():
 def test_the_likely_cause_follows_the_evidence(overrides, evidence, words):
     known = {"n_grows": False, "saturated": 0.0, "largest_reward": 1.0} | evidence
     assert likely_cause(frozen(**overrides), **known).startswith(words)
-
-
-def poisoned_run(script, config, rows):
-    """Data of which one row has no finite reward, and the update that first meets it, by seed."""
-    freq, drawn = config.get("policy_freq", 1), []
-    shape = (config.eval_interval // freq, freq, config.batch_size)  # as train_interval draws
-    for seed in range(config.num_seeds):
-        _, index_key, _ = jax.random.split(toy_states(config, [seed], script).key[0], 3)
-        drawn.append(np.asarray(jax.random.randint(index_key, shape, 0, rows)))
-    drawn = np.stack(drawn).reshape(config.num_seeds, config.eval_interval, config.batch_size)
-    for row in range(rows):
-        met = (drawn == row).any(axis=2)
-        updates = met.argmax(axis=1) + 1
-        if met.any(axis=1).all() and updates.min() > 2 and len(set(updates)) > 1:
-            break
-    batch = toy_batch(rows=rows, trusted=np.ones(rows))
-    trusted = jnp.ones((config.num_seeds, rows))
-    return batch._replace(reward=batch.reward.at[row].set(jnp.inf), trusted=trusted), updates
-
-
-@SCRIPTS
-def test_an_interval_tells_when_each_metric_broke(script):
-    config = tiny_config(script=script.__name__, num_seeds=2, batch_size=4)
-    config = ml_collections.FrozenConfigDict(config)
-    data, updates = poisoned_run(script, config, rows=60)
-    assert len(set(updates)) == 2
-    state, _, broke = script.train_interval(toy_states(config, [0, 1], script), data, config)
-    freq = config.get("policy_freq", 1)  # metrics are means of so many updates
-    assert broke["critic_loss"].tolist() == [-(-update // freq) * freq for update in updates]
-    parts = script.broken_parts(state)
-    assert set(parts) == set(state._fields)
-    assert parts["critic"].all() and parts["critic_opt"].all()
-    assert not parts["threshold"].any() and not parts["key"].any() and not parts["step"].any()
-
-
-def test_online_updates_tell_it_too():
-    config = frozen(buffer_init="none", online_steps=4, num_seeds=2, new_policy_freq=2)
-    state, buffer = toy_states(config, [0, 1]), ssar.init_buffer(toy_batch(), config)
-    data = toy_batch()._replace(trusted=jnp.ones((2, 32)))
-    data = ssar.offline_rows(data, None, config)
-    _, collect, learn, totals = ssar.compile_online(state, buffer, data, state.key, config)
-    row = jax.tree.map(lambda x: jnp.stack([x[0]] * 2), toy_batch())
-    buffer = collect(buffer, row)
-    for step in (1, 2):
-        state, totals = learn(step, state, totals, buffer, data)
-    assert not any(broke.any() for _, _, broke in totals.values())
-    assert not any(broken.any() for broken in ssar.broken_parts(state).values())
-    buffer = buffer._replace(
-        rows=buffer.rows._replace(reward=buffer.rows.reward.at[1].set(jnp.inf))
-    )
-    for step in (3, 4):
-        state, totals = learn(step, state, totals, buffer, data)
-    assert totals["critic_loss"][2].tolist() == [0, 3]
-    assert totals["actor_loss"][2].tolist() == [0, 4]
-    assert ssar.broken_parts(state)["critic"].tolist() == [False, True]
 
 
 def test_a_run_that_diverges_keeps_what_it_had(data, tmp_path):

@@ -305,6 +305,13 @@ def test_a_step_is_update_step_on_a_batch_of_what_is_stored():
         assert same_bits(getattr(before, still), getattr(state, still))
     assert not same_bits(before.critic, state.critic)
     assert (totals["critic_loss"][1], totals["actor_loss"][1]) == (3, 1)
+    # A reward that is not finite shows in the update that meets it, and in those after it.
+    assert not any(broke.any() for _, _, broke in totals.values())
+    rows = buffer.rows._replace(reward=buffer.rows.reward.at[0, 0].set(jnp.inf))
+    for step in (6, 7):
+        state, totals = learn(step, state, totals, buffer._replace(rows=rows), data)
+    assert (totals["critic_loss"][2][0], totals["actor_loss"][2][0]) == (4, 4)
+    assert ssar.broken_parts(state)["critic"].all()
 
 
 # ----------------------------------------------------------------------- whole runs
@@ -332,6 +339,7 @@ def test_plain_td3_learns_without_any_data(tmp_path):
         assert json.load(file) == results
 
 
+@pytest.mark.slow
 def test_plain_sac_runs_without_any_data(tmp_path):
     config = online_config(
         None, ssar_cql, dataset=None, buffer_init="none", coefficient="fixed", cql_alpha=0.0,

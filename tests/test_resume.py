@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from toys import tiny_config, toy_columns, write_hdf5
 from tqdm import tqdm
 
-import ssar_cql
 import ssar_td3bc as ssar
 from common import stopping
 from common.checkpoint import load_checkpoint
@@ -190,15 +189,6 @@ def test_the_progress_bar_may_be_switched_off(data, whole, tmp_path, monkeypatch
     monkeypatch.setattr(ssar, "progress", lambda *_, **__: tqdm(disable=True))
     ssar.main(config_of(data), str(tmp_path / "run"))
     assert_same(whole, str(tmp_path / "run"))
-
-
-def test_cql_goes_on_too(data, tmp_path):
-    folders = [str(tmp_path / name) for name in ("whole", "run")]
-    config = config_of(data, ssar_cql, offline_steps=40)
-    ssar_cql.main(config, folders[0])
-    start_and_kill(config, folders[1], Evaluator, "__call__", 2, script=ssar_cql)
-    ssar_cql.main(config, folders[1])
-    assert_same(*folders)
 
 
 def test_online_the_buffer_and_the_steps_go_on(data, tmp_path, monkeypatch):
@@ -467,6 +457,7 @@ def get_config(task=None):
 """
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(data, tmp_path):
     """An hour from checkpoint to checkpoint: the one there is comes of the signal."""
     (tmp_path / "settings.py").write_text(

@@ -94,9 +94,10 @@ def plain_critic_loss(pair, state, batch, noise, weight, config):
         {},
         {"block_size": 32},
         {"block_size": 5, "importance_sample": False, "clip_diff_min": 2.31},
-        {"block_size": 64, "cql_temperature": 0.5, "backup_entropy": True},
-        {"lagrange": True, "target_action_gap": 0.8, "max_target_backup": True,
-         "critic_layers": (2, 1)},
+        pytest.param({"block_size": 64, "cql_temperature": 0.5, "backup_entropy": True},
+                     marks=pytest.mark.slow),
+        pytest.param({"lagrange": True, "target_action_gap": 0.8, "max_target_backup": True,
+                      "critic_layers": (2, 1)}, marks=pytest.mark.slow),
     ],
     ids=lambda overrides: "-".join(overrides) or "plain",
 )  # fmt: skip
@@ -333,12 +334,26 @@ def test_scan_equals_a_python_loop(config):
     for a, b in zip(arrays(one(scanned)), arrays(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=5e-4, atol=5e-6)
     assert int(scanned.step[0]) == config.eval_interval
+    assert not any(update.any() for update in broke.values())
     for name, mean in means.items():
         if name != "n":
             loop = np.mean([info[name] for info in infos])
             np.testing.assert_allclose(mean[0], loop, rtol=1e-3, atol=1e-5, err_msg=name)
+    # Poisoned, it tells which update first met a reward that is not finite.
+    drawn = np.asarray(indices).reshape(-1, config.batch_size)
+    first = {row: (drawn == row).any(axis=1).argmax() + 1 for row in np.unique(drawn)}
+    row, update = max(first.items(), key=lambda item: item[1])
+    poisoned = data._replace(trusted=trusted, reward=data.reward.at[row].set(jnp.inf))
+    scanned, _, broke = ssar.train_interval(states(config, [3]), poisoned, config)
+    assert update > 4
+    assert broke["critic_loss"].tolist() == [update]
+    parts = ssar.broken_parts(scanned)
+    assert set(parts) == set(scanned._fields)
+    assert parts["critic"][0] and parts["critic_opt"][0]
+    assert not (parts["threshold"][0] or parts["step"][0] or parts["key"][0])
 
 
+@pytest.mark.slow
 def test_batched_seeds_equal_single_seeds_and_differ(config, monkeypatch):
     data = toy_batch(rows=200)
     rng = np.random.default_rng(1)

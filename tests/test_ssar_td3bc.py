@@ -51,11 +51,24 @@ def test_scan_equals_a_python_loop(config):
     for a, b in zip(arrays(one(scanned)), arrays(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
     assert int(scanned.step[0]) == config.eval_interval
+    assert not any(update.any() for update in broke.values())
     for name, mean in means.items():
         if name != "n":
             loop = np.nanmean([info[name] for info in infos])
             np.testing.assert_allclose(mean[0], loop, rtol=1e-4, atol=1e-6, err_msg=name)
     assert float(means["n"][0]) == float(state.threshold.n)
+    # Poisoned, it tells which update first met a reward that is not finite.
+    drawn = np.asarray(indices).reshape(-1, config.batch_size)
+    first = {row: (drawn == row).any(axis=1).argmax() + 1 for row in np.unique(drawn)}
+    row, update = max(first.items(), key=lambda item: item[1])
+    poisoned = data._replace(trusted=trusted, reward=data.reward.at[row].set(jnp.inf))
+    scanned, _, broke = ssar.train_interval(toy_states(config, [3]), poisoned, config)
+    assert update > 4
+    assert broke["critic_loss"].tolist() == [-(-update // config.policy_freq) * config.policy_freq]
+    parts = ssar.broken_parts(scanned)
+    assert set(parts) == set(scanned._fields)
+    assert parts["critic"][0] and parts["critic_opt"][0]
+    assert not (parts["threshold"][0] or parts["step"][0] or parts["key"][0])
 
 
 def test_batched_seeds_equal_single_seeds_and_differ(config, monkeypatch):

@@ -210,6 +210,7 @@ def test_slurm_gets_one_array_and_what_is_queued_is_not_submitted_again(project,
         assert text.count(f"#SBATCH {option}") == 1, option
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_stops_its_runs_and_goes_on_with_them(tmp_path):
     """The real script, an hour from checkpoint to checkpoint: the stop makes the one there is."""
     data = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(300))
