@@ -249,7 +249,9 @@ def step_arguments(script, config):
     return state, buffer, data, transition, script.compile_online(state, buffer, data, keys, config)
 
 
-@pytest.mark.parametrize(("script", "seeds"), [(ssar, 2), (ssar_cql, 1)])
+@pytest.mark.parametrize(
+    ("script", "seeds"), [(ssar, 2), pytest.param(ssar_cql, 1, marks=pytest.mark.slow)]
+)
 def test_a_large_buffer_stays_in_place(script, seeds):
     """It is written where it lies, and nothing copies it, however large and for several seeds."""
     config = frozen(

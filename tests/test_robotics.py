@@ -38,6 +38,7 @@ def maze(tmp_path_factory):
     return write_hdf5(path, **{name: np.array(column) for name, column in columns.items()})
 
 
+@pytest.mark.slow
 def test_sparse_goal_data_are_trained_on_and_success_is_reported(maze, tmp_path, capsys):
     columns = load_dataset("maze", maze, "PointMaze_UMaze-v3")
     ends = columns.episode_ends

@@ -93,7 +93,8 @@ def plain_critic_loss(pair, state, batch, noise, weight, config):
     [
         {},
         {"block_size": 32},
-        {"block_size": 5, "importance_sample": False, "clip_diff_min": 2.31},
+        pytest.param({"block_size": 5, "importance_sample": False, "clip_diff_min": 2.31},
+                     marks=pytest.mark.slow),
         pytest.param({"block_size": 64, "cql_temperature": 0.5, "backup_entropy": True},
                      marks=pytest.mark.slow),
         pytest.param({"lagrange": True, "target_action_gap": 0.8, "max_target_backup": True,

@@ -292,6 +292,7 @@ def test_selection_by_return_and_success():
         np.testing.assert_array_equal(by_success, [1, 1, 0, 0, 1, 0, 0])
 
 
+@pytest.mark.slow
 def test_iql_trains_every_seed_on_its_own(config):
     data = toy_batch(rows=300)._replace(trusted=None)
     keys = jnp.stack([jax.random.key(seed) for seed in (0, 1)])
