@@ -367,7 +367,8 @@ def _flat_columns(source, stored, keys, rows, cache_dir) -> dict[str, np.ndarray
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(unfinished)
-        print(f"warning: no flat copy is kept in {cache_dir} ({error})", file=sys.stderr)
+        reason = os.strerror(error.errno) if error.errno else error  # h5py's own are long
+        print(f"warning: no flat copy is kept in {cache_dir} ({reason})", file=sys.stderr)
     return _read_columns(source, columns, rows)
 
 
