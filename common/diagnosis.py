@@ -95,7 +95,7 @@ def signatures(history, floor: float, scale: float, trusted_fraction, config, se
     checks = (
         (collapse_while_n_grows, (offline, floor, scale, config)),
         (thin_and_near_zero, (offline, floor, scale, config, trusted_fraction)),
-        (drop_at_the_switch, (online, floor, scale, config)),
+        (drop_at_the_switch, (online, offline, floor, scale, config)),
     )
     found = []
     for check, args in checks:
@@ -108,43 +108,47 @@ def signatures(history, floor: float, scale: float, trusted_fraction, config, se
 
 
 def windows(history, i):
-    """Means of WINDOW evaluations of the i-th seed and their standard errors, [T - WINDOW + 1]."""
-    mean, error = np.array([_mean_and_error(past, i) for past in history]).T
-    moving = lambda x: np.convolve(x, np.ones(WINDOW) / WINDOW, "valid")
-    return moving(mean), np.sqrt(moving(error**2) / WINDOW)
+    """Mean returns of the i-th seed's last WINDOW evaluations, or as many as there were, [T]."""
+    sums = np.cumsum([0, *(past["return_mean"][i] for past in history)])
+    first = np.maximum(np.arange(1, len(sums)) - WINDOW, 0)
+    return (sums[1:] - sums[first]) / (np.arange(1, len(sums)) - first)
 
 
-def _mean_and_error(past, i):
-    return past["return_mean"][i], past["return_std"][i] / past["episodes"][i] ** 0.5
+def spread(history, i) -> float:
+    """Standard deviation of one evaluation: among its episodes, or from one to the next.
+
+    Second differences of independent numbers vary six times as much as these, and hold no trend.
+    """
+    means = np.array([past["return_mean"][i] for past in history])
+    errors = [past["return_std"][i] / past["episodes"][i] ** 0.5 for past in history]
+    between = np.mean(np.diff(means, 2) ** 2) / 6 if len(means) > 2 else 0.0
+    return float(np.sqrt(max(np.mean(np.square(errors)), between)))
 
 
-def _lost(before, after, floor, scale) -> bool:
-    """Whether (mean, standard error) fell by half of what had been reached, and not by chance."""
-    reached, drop = before[0] - floor, before[0] - after[0]
-    return (
-        reached > NEAR_ZERO * (scale - floor)
-        and drop > DROP * reached
-        and drop > 3 * np.hypot(before[1], after[1])
-    )
+def _lost(before, after, chance, floor, scale) -> bool:
+    """Whether half of what had been reached is lost, and that by more than chance can do."""
+    reached, drop = before - floor, before - after
+    return reached > NEAR_ZERO * (scale - floor) and drop > max(DROP * reached, chance)
 
 
 def collapse_while_n_grows(i, history, floor, scale, config) -> str | None:
     """The score fell mid-training, and n grew from the peak to there: it grows too fast."""
     if config.coefficient != "adaptive" or len(history) < 2 * WINDOW:
         return None
-    mean, error = windows(history, i)
-    n = [past["n"][i] for past in history]
+    mean, n = windows(history, i), [past["n"][i] for past in history]
+    counts = np.minimum(np.arange(len(mean)) + 1, WINDOW)
+    # Five standard errors of a difference, as the peak is the best of many.
+    chance = 5 * spread(history, i) * np.sqrt(1 / counts + 1 / WINDOW)
     for now in range(WINDOW, len(mean)):
-        peak = int(np.argmax(mean[: now - WINDOW + 1]))
-        last = now + WINDOW - 1
-        grew = n[last] > n[peak + WINDOW - 1] and n[last] > n[now]  # up to now, not only once
-        if grew and _lost((mean[peak], error[peak]), (mean[now], error[now]), floor, scale):
-            ends = [history[t]["step"] for t in (peak + WINDOW - 1, last)]
+        peak = int(np.argmax((mean - chance)[: now - WINDOW + 1]))
+        grew = n[now] > max(n[peak], n[now - WINDOW])  # since the peak, and lately too
+        if grew and _lost(mean[peak], mean[now], chance[peak], floor, scale):
             return (
                 f"collapse while n grows (SEED): the return fell from {mean[peak]:.4g} up to "
-                f"update {ends[0]} to {mean[now]:.4g} at update {ends[1]} as n went from "
-                f"{n[peak + WINDOW - 1]:.3g} to {n[last]:.3g}; let n grow more slowly with "
-                f"update_period above {config.update_period}, or less with a lower n_end"
+                f"update {history[peak]['step']} to {mean[now]:.4g} at update "
+                f"{history[now]['step']} as n went from {n[peak]:.3g} to {n[now]:.3g}; let n grow "
+                f"more slowly with update_period above {config.update_period}, or less with a "
+                "lower n_end"
             )
     return None
 
@@ -155,7 +159,7 @@ def thin_and_near_zero(i, history, floor, scale, config, trusted_fraction) -> st
         return None
     if history[-1]["step"] < config.offline_steps / 2:
         return None
-    best = windows(history, i)[0].max()
+    best = windows(history, i)[WINDOW - 1 :].max()
     if best - floor >= NEAR_ZERO * (scale - floor):
         return None
     return (
@@ -165,20 +169,21 @@ def thin_and_near_zero(i, history, floor, scale, config, trusted_fraction) -> st
     )
 
 
-def drop_at_the_switch(i, history, floor, scale, config) -> str | None:
+def drop_at_the_switch(i, history, offline, floor, scale, config) -> str | None:
     """The score fell in the first evaluations online while the regulariser was next to off."""
     trained = config.offline_steps or config.offline_checkpoint
     learned = [past for past in history[1:] if "anneal" in past["measured"]][:WINDOW]
     if not trained or not config.coefficient_init or len(learned) < WINDOW:
         return None
-    after, error = (x[0] for x in windows(learned, i))
+    before, after = history[0]["return_mean"][i], windows(learned, i)[-1]
+    deviation = max(spread(learned, i), spread(offline, i) if offline else 0.0)
+    chance = 3 * deviation * (1 + 1 / WINDOW) ** 0.5
     beta = np.mean([past["beta_mean"][i] * past["anneal"][i] for past in learned])
-    before = _mean_and_error(history[0], i)
     near_zero = beta < NEAR_ZERO * config.coefficient_init
-    if not (near_zero and _lost(before, (after, error), floor, scale)):
+    if not (near_zero and _lost(before, after, chance, floor, scale)):
         return None
     return (
-        f"drop at the switch with β near zero (SEED): the return fell from {before[0]:.4g} to "
+        f"drop at the switch with β near zero (SEED): the return fell from {before:.4g} to "
         f"{after:.4g} in the first {WINDOW} evaluations online while β was {beta:.3g}, of "
         f"coefficient_init={config.coefficient_init:.3g}; anneal more slowly with decay_steps "
         f"above {config.decay_steps}, or train offline with a larger coefficient_init"

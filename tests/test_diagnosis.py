@@ -128,6 +128,8 @@ def named(history, trusted=0.5, **overrides):
 
 
 RISE_AND_FALL = [10, 40, 70, 80, 80, 80, 50, 20, 20, 20]
+# A Hopper run in which little changes but from one evaluation to the next.
+UNSTEADY = [47, 44, 24, 34, 18, 34, 29, 35, 36, 16, 45, 29, 33, 42, 37, 19, 36, 1, 40, 5]
 GROWS = 1 + 0.2 * np.arange(10)
 COLLAPSE = "collapse while n grows"
 THIN = "near-zero score with a thin sub-dataset"
@@ -143,9 +145,16 @@ def test_a_collapse_while_n_grows_is_named_and_no_other():
     assert named(history(return_mean=[80, 80, 80, 50, 48, 50, 45, 50, 46, 45], n=GROWS)) == []
     chance = history(return_mean=RISE_AND_FALL, n=GROWS, return_std=200.0)
     assert named(chance) == []  # ten episodes cannot tell
+    assert named(history(return_mean=UNSTEADY, n=1 + 0.08 * np.arange(20))) == []
     assert named(history(return_mean=np.array(RISE_AND_FALL) / 20, n=GROWS)) == []  # never got far
     fixed = history(return_mean=RISE_AND_FALL, n=GROWS)
     assert named(fixed, coefficient="fixed") == []
+
+
+def test_a_collapse_after_the_first_evaluation_is_named():
+    """Scores of a Hopper run with update_period=1000 and n_end=60: β is 0 from the third on."""
+    returns = [56, 5, 8, 12, 12, 12, 12, 12, 12, 7, 12, 12]
+    assert named(history(return_mean=returns, n=[1, 6.9, *[12.8] * 10])) == [COLLAPSE]
 
 
 def test_nothing_after_the_fact_takes_a_collapse_back():
@@ -166,6 +175,9 @@ def test_a_drop_at_the_switch_is_named_if_the_coefficient_is_near_zero():
     assert named(history(return_mean=falls, **small)) == [SWITCH]
     assert named(history(return_mean=falls, beta_mean=0.01, phase="online")) == [SWITCH]
     assert named(history(return_mean=falls, phase="online")) == []
+    assert (
+        named(history(return_mean=UNSTEADY) + history(return_mean=[80, 39, 39, 36], **small)) == []
+    )
     assert named(history(return_mean=holds, **small)) == []
     assert named(history(return_mean=falls, **small), coefficient_init=0.0) == []  # plain TD3
     assert named(history(return_mean=falls, **small), offline_steps=0) == []  # no switch
@@ -175,10 +187,10 @@ def test_a_drop_at_the_switch_is_named_if_the_coefficient_is_near_zero():
 
 CASES = {
     # Returns of the evaluations, offline then online; settings; what is named.
-    "collapse": ([-10, -10, -10, -60, -60, -60], {}, COLLAPSE),
-    "thin": ([-90] * 6, {"return_threshold": -4.0}, THIN),
+    "collapse": ([-10] * 8 + [-60] * 3, {}, COLLAPSE),
+    "thin": ([-90] * 11, {"return_threshold": -4.0}, THIN),
     "switch": (
-        [-10, -10, -10, -10, -10, -10, -10, -60, -60, -60, -60],
+        [-10] * 12 + [-60] * 4,
         {"online_steps": 80, "warmup_steps": 1, "decay_steps": 1, "coefficient_init": 1.0},
         SWITCH,
     ),
@@ -203,8 +215,8 @@ def test_runs_name_their_failure_in_log_results_and_picture(
 
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
     monkeypatch.setattr(Figure, "savefig", savefig)
-    # n grows at every evaluation of the six, whatever the margin.
-    settings = {"offline_steps": 120, "update_period": 20, "expl_noise": 0.0} | settings
+    # n grows at every other evaluation of the eleven, whatever the margin.
+    settings = {"offline_steps": 220, "update_period": 40, "expl_noise": 0.0} | settings
     workdir = str(tmp_path / "run")
     results = ssar.main(tiny_config(data, **settings), workdir)
     assert next(scripted, None) is None
