@@ -74,7 +74,7 @@ from common.dataset import (
     episode_returns,
     fit_normalizer,
 )
-from common.diagnosis import check_losses
+from common.diagnosis import check_labelling
 from common.evaluation import Collector, Evaluator
 from common.loading import load_dataset
 from common.report import RunLog, progress
@@ -345,7 +345,7 @@ class IQLState(NamedTuple):
 
 
 iql_adam = optax.adam(3e-4)
-IQL_INTERVAL = 5_000  # updates in one program; after it a checkpoint may be written
+IQL_INTERVAL = 1_000  # updates in one program; after it a checkpoint may be written
 
 
 def iql_init(key, obs_dim, action_dim):
@@ -389,7 +389,11 @@ def iql_step(state, batch, config):
 
 @partial(jax.jit, static_argnames=("config", "num_updates"), donate_argnames="state")
 def iql_interval(state, data, config, num_updates):
-    """`num_updates` IQL updates of every seed in one scan. state [S, ...] is donated."""
+    """`num_updates` IQL updates of every seed in one scan. state [S, ...] is donated.
+
+    Returns the state; the mean of every loss, [S] each; and of every loss the first of these
+    updates at which it was not finite, [S] i32, 0 for none.
+    """
 
     def one_seed(data, state):
         key, index_key = jax.random.split(state.key)
@@ -397,7 +401,9 @@ def iql_interval(state, data, config, num_updates):
         indices = jax.random.randint(index_key, shape, 0, len(data.reward))
         body = lambda state, rows: iql_step(state, take(data, rows), config)
         state, info = jax.lax.scan(body, state._replace(key=key), indices)
-        return state, jax.tree.map(jnp.mean, info)
+        first = lambda bad: jnp.where(bad.any(), 1 + bad.argmax(), 0)
+        broke = jax.tree.map(lambda x: first(~jnp.isfinite(x)), info)
+        return state, jax.tree.map(jnp.mean, info), broke
 
     return over_seeds(one_seed, data, state, is_loop=True)
 
@@ -437,9 +443,9 @@ def label_by_iql(keys, data, config, folder=None):
     with progress(config.iql_steps, "iql", done=done) as bar:
         while done < config.iql_steps:
             num_updates = min(IQL_INTERVAL, config.iql_steps - done)
+            state, info, broke = wait_for(iql_interval(state, data, config, num_updates))
+            check_labelling(done, num_updates, broke, broken_parts(state), config)
             done += num_updates
-            state, info = wait_for(iql_interval(state, data, config, num_updates))
-            check_losses(info, done, config)
             bar.set_postfix({name: f"{value.mean():.3g}" for name, value in info.items()})
             bar.update(num_updates)
             if checkpoints.due():
@@ -660,20 +666,33 @@ def update_policy(state, batch, config, online):
 # --------------------------------------------------------------------------- training and acting
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
-def train_interval(state, data, config):
-    """`eval_interval` updates of every seed as one scan, with sampling and noise on the device.
+UPDATES_PER_CALL = 2_500  # about; a tenth on a CPU
+
+
+@partial(jax.jit, static_argnames=("config", "num_updates"), donate_argnames="state")
+def train_interval(state, data, config, start=0, num_updates=None):
+    """`num_updates` of an interval's updates of every seed as one scan, sampling and all.
 
     state: TrainState [S, ...], donated. data: Transition [N, ...], its `trusted` [S, N].
-    Returns the state; the interval's mean of every metric, [S] each, n's being the last; and of
-    every metric the first update at which it was not finite, [S] i32, 0 for none.
+    start: updates of the interval that came before, [] i32; by default all of it is done at once.
+    Returns the state; the mean of every metric, [S] each; and of every metric the first update at
+    which it was not finite, [S] i32, 0 for none.
     """
+    num_updates = num_updates or config.eval_interval
 
-    def one_seed(data, state, trusted):
+    def one_seed(shared, state, trusted):
+        data, start = shared
         rows_of_seed = data._replace(trusted=trusted)
+        # The interval's draws hang on the key at its start alone, however it is divided.
         key, index_key, noise_key = jax.random.split(state.key, 3)
         shape = (config.eval_interval // config.policy_freq, config.policy_freq)
         indices = jax.random.randint(index_key, (*shape, config.batch_size), 0, len(data.reward))
+        cut = partial(
+            jax.lax.dynamic_slice_in_dim,
+            start_index=start // config.policy_freq,
+            slice_size=num_updates // config.policy_freq,
+        )
+        draws = (cut(indices), cut(jax.random.split(noise_key, shape)))
 
         names = []  # metrics leave the loop as one vector, which costs one kernel
 
@@ -686,21 +705,39 @@ def train_interval(state, data, config):
                 delayed = i == config.policy_freq - 1
                 state, info = update_step(state, batch, noise, config, update_actor=delayed)
                 infos.append(info)
-            mean = {name: sum(info[name] for info in infos) / len(infos) for name in infos[0]}
-            info = infos[-1] | mean
-            names[:] = info
-            return state, jnp.stack([*info.values()])
+            names[:] = [(name, i) for i, info in enumerate(infos) for name in info]
+            return state, jnp.stack([infos[i][name] for name, i in names])
 
-        draws = (indices, jax.random.split(noise_key, shape))
-        state, infos = jax.lax.scan(body, state._replace(key=key), draws)
-        means = dict(zip(names, infos.mean(axis=0), strict=True))
-        bad, stride = ~jnp.isfinite(infos), config.eval_interval // len(infos)
-        first = state.step - stride * (len(infos) - 1 - bad.argmax(axis=0))
-        broke = dict(zip(names, jnp.where(bad.any(axis=0), first, 0), strict=True))
-        return state, means | {"n": state.threshold.n}, broke
+        state, infos = jax.lax.scan(body, state, draws)
+        is_over = start + num_updates == config.eval_interval
+        state = state._replace(key=jnp.where(is_over, key, state.key))
+        at = state.step - num_updates + 1 + jnp.arange(0, num_updates, config.policy_freq)[:, None]
+        at = at + np.array([i for _, i in names])  # [updates / policy_freq, metrics], as infos
+        never = np.iinfo(np.int32).max
+        at = jnp.where(jnp.isfinite(infos), never, at)
+        means, broke = {}, {}
+        for name in dict(names):
+            columns = np.array([name == other for other, _ in names])
+            means[name] = infos[:, columns].mean()
+            first = at[:, columns].min()
+            broke[name] = jnp.where(first == never, 0, first)
+        return state, means, broke
 
-    unlabelled = data._replace(trusted=None)
-    return over_seeds(one_seed, unlabelled, state, data.trusted, is_loop=True)
+    shared = (data._replace(trusted=None), jnp.int32(start))
+    return over_seeds(one_seed, shared, state, data.trusted, is_loop=True)
+
+
+def updates_per_call(config):
+    """Updates in one compiled call: an interval, or a part of it that a CPU does in seconds.
+
+    Between two calls a run may be saved and stopped. What it computes does not hang on this.
+    """
+    most = UPDATES_PER_CALL
+    if jax.default_backend() == "cpu":
+        most = most / (10 * config.num_seeds)  # they train in turns
+    sizes = range(config.policy_freq, config.eval_interval + 1, config.policy_freq)
+    sizes = [size for size in sizes if config.eval_interval % size == 0]
+    return min(sizes, key=lambda size: abs(np.log(size / most)))
 
 
 @jax.jit
@@ -718,21 +755,28 @@ def act(actor_params, observations):
 
 
 def pretrain(state, data, evaluate, log, config):
-    """Offline: compiled intervals, an evaluation after each. state [S, ...], given up."""
-    state, done = log.restore("offline", state)
+    """Offline: compiled calls, an evaluation after each interval. state [S, ...], given up."""
+    part = updates_per_call(config)
     with log.compiling():
-        train = train_interval.lower(state, data, config=config).compile()
+        lowered = train_interval.lower(state, data, config, np.int32(0), num_updates=part)
+        train = lowered.compile()
+    zeros = {name: np.zeros(x.shape, x.dtype) for name, x in lowered.out_info[1].items()}
+    (state, totals), done = log.restore("offline", (state, zeros))
     with progress(config.offline_steps, "offline", done=done) as bar:
-        for step in range(
-            done + config.eval_interval, config.offline_steps + 1, config.eval_interval
-        ):
-            with log.training(config.eval_interval):
-                state, info, broke = wait_for(train(state, data))
-            log.check_finite("offline", state.step, broke, broken_parts(state))
-            log.interval("offline", step, evaluate(state.actor), info)
-            bar.set_postfix(log.headline())
-            bar.update(config.eval_interval)
-            log.save(state)
+        for step in range(done + part, config.offline_steps + 1, part):
+            with log.training(part):
+                before = np.int32((step - part) % config.eval_interval)
+                state, info, broke = wait_for(train(state, data, before))
+            log.check_finite("offline", state.step, broke, broken_parts(state), data.reward)
+            totals = {name: totals[name] + np.asarray(x) for name, x in info.items()}
+            bar.update(part)
+            if step % config.eval_interval == 0:
+                info = {name: x * (part / config.eval_interval) for name, x in totals.items()}
+                info["n"] = state.threshold.n
+                log.interval("offline", step, evaluate(state.actor), info)
+                bar.set_postfix(log.headline())
+                totals = zeros
+            log.save((state, totals), "offline", step)
     return state
 
 
@@ -860,16 +904,17 @@ def finetune(state, data, envs, evaluate, log, config):
     Returns the state after `online_steps` steps, the first `warmup_steps` of them without update.
     """
     is_new = not log.has("online")
-    (state, buffer), done = log.restore("online", (state, init_buffer(data, config)))
+    buffer = init_buffer(data, config)
+    with log.compiling():
+        choose, collect, learn, totals = compile_online(state, buffer, data, state.key, config)
+    (state, buffer, totals), done = log.restore("online", (state, buffer, totals))
     # Updates split the same keys: a tag that no split reaches keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
-    with log.compiling():
-        choose, collect, learn, totals = compile_online(state, buffer, data, keys, config)
     num_updates = int(state.step[0])
     if is_new:
         info = dict.fromkeys(totals) | {"n": state.threshold.n}
         log.interval("online", 0, evaluate(state.actor), info)
-    obs, started = envs.reset(done), time.perf_counter()
+    obs, first, started = envs.reset(done), done, time.perf_counter()
     with progress(config.online_steps, "online", "step", done=done) as bar:
         for step in range(done + 1, config.online_steps + 1):
             # --- act ---
@@ -895,16 +940,17 @@ def finetune(state, data, envs, evaluate, log, config):
             # --- evaluate ---
             if step % config.eval_interval == 0:
                 sums = jax.device_get(totals)  # waits for the last update
-                log.collected(step, time.perf_counter() - started, envs)
+                log.collected(step, step - first, time.perf_counter() - started, envs)
                 broke = {name: update for name, (_, _, update) in sums.items()}
-                log.check_finite("online", state.step, broke, broken_parts(state))
+                rewards = buffer.rows.reward
+                log.check_finite("online", state.step, broke, broken_parts(state), rewards)
                 info = {name: x / count if count else None for name, (x, count, _) in sums.items()}
                 info["n"] = state.threshold.n
                 log.interval("online", step, evaluate(state.actor), info)
                 bar.set_postfix(log.headline())
-                log.save((state, buffer))
                 totals = zero_totals(totals)
-                started = time.perf_counter()
+                first, started = step, time.perf_counter()
+            log.save((state, buffer, totals), "online", step, envs)
     return state
 
 

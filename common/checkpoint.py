@@ -77,11 +77,15 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.seconds, self.written = 60 * minutes, time.perf_counter()
 
-    def due(self) -> bool:
-        """Whether it is time to save: also when the run was told to stop."""
+    def due(self, is_evaluated: bool = True) -> bool:
+        """Whether it is time to save: also when the run was told to stop.
+
+        is_evaluated: whether an evaluation has just been made, after which `minutes` may be 0.
+        """
         if not self.folder:
             return False
-        return time.perf_counter() - self.written >= self.seconds or stop_is_due()
+        is_time = time.perf_counter() - self.written >= self.seconds
+        return stop_is_due() or is_time and (is_evaluated or self.seconds > 0)
 
     def save(self, step: int, tree, **records) -> None:
         """Writes a pytree of arrays, and what JSON can hold beside it; `step` is to grow.
@@ -96,7 +100,8 @@ class Checkpoints:
         )
         try:
             _reserve(self.folder, flat, json.dumps(records))
-            self.manager.save(step, args=args)
+            number = (self.manager.latest_step() or 0) + 1
+            self.manager.save(number, args=args)
         except Exception as error:  # whatever orbax makes of it
             raise Unwritable(self.folder, error) from None
         self.written = time.perf_counter()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 from common.checks import InputError
 
 WINDOW = 3  # evaluations whose mean is compared, for a single one is noisy
+LATELY = 12  # evaluations in which n still grew; in the authors' settings it does in every tenth
 DROP = 0.5  # share of what had been reached that is lost
 NEAR_ZERO = 0.1  # share of β_init, or of the scores from floor to scale
 
@@ -39,20 +41,25 @@ def first_broken(updates, broke: dict, parts: dict):
     )
 
 
-def check_losses(info: dict, updates: int, config) -> None:
-    """Raises Diverged when a loss of the IQL that labels D̂, [S], is not finite by then."""
-    broken = [name for name, x in info.items() if not np.isfinite(x).all()]
-    if broken:
+def check_labelling(done: int, num_updates: int, broke: dict, parts: dict, config) -> None:
+    """Raises Diverged when the IQL that labels D̂ broke in the updates that follow `done` others.
+
+    broke, parts: as first_broken takes them, updates counted from these on.
+    """
+    broke, parts = jax.device_get((broke, parts))
+    if broken := first_broken([num_updates] * config.num_seeds, broke, parts):
+        seed, update, names = broken
         raise Diverged(
-            f"{' and '.join(broken)} not finite by update {updates} of the IQL that selects the "
-            f"trusted rows: lower --config.reward_scale={config.reward_scale:g}, or choose another "
-            "--config.selection"
+            f"diverged: {names[0]} is not finite at update {done + update} of the IQL that selects "
+            f"the trusted rows, seed {config.seed + seed}: lower "
+            f"--config.reward_scale={config.reward_scale:g}, or choose another --config.selection"
         )
 
 
 def rank(name: str) -> int:
-    """Of what broke at once: losses before what is computed beside them, the critic's first."""
-    order = ("critic_loss", "critic", "actor_loss", "actor", "coefficient")
+    """Of what broke at once: β, which earlier updates made, then losses, the critic's first."""
+    order = ("beta_mean", "beta_min", "beta_max", "critic_loss", "critic", "actor_loss", "actor")
+    order += ("iql_value_loss", "iql_critic_loss", "coefficient")
     return order.index(name) if name in order else len(order)
 
 
@@ -63,7 +70,7 @@ def likely_cause(config, n_grows: bool, saturated: float, largest_reward: float)
     action at ±1. largest_reward: in size, of those learned from.
     """
     causes, value = [], largest_reward / max(1 - config.discount, 1e-3)
-    if value > 1e4:
+    if not value <= 1e4:
         causes.append(
             f"rewards of up to {largest_reward:.3g} make values of up to {value:.3g}: lower "
             f"--config.reward_scale={config.reward_scale:g}"
@@ -71,6 +78,8 @@ def likely_cause(config, n_grows: bool, saturated: float, largest_reward: float)
     for field in ("critic_lr", "actor_lr", "coefficient_lr"):
         if config[field] > 1e-3:
             causes.append(f"--config.{field}={config[field]:g} is large: lower it")
+    if causes:  # enough of them: what follows is less telling
+        return ", or ".join(causes)
     if n_grows:
         causes.append(
             f"n was growing: raise --config.update_period={config.update_period} or lower "
@@ -141,7 +150,7 @@ def collapse_while_n_grows(i, history, floor, scale, config) -> str | None:
     chance = 5 * spread(history, i) * np.sqrt(1 / counts + 1 / WINDOW)
     for now in range(WINDOW, len(mean)):
         peak = int(np.argmax((mean - chance)[: now - WINDOW + 1]))
-        grew = n[now] > max(n[peak], n[now - WINDOW])  # since the peak, and lately too
+        grew = n[now] > max(n[peak], n[max(now - LATELY, 0)])  # since the peak, and lately too
         if grew and _lost(mean[peak], mean[now], chance[peak], floor, scale):
             return (
                 f"collapse while n grows (SEED): the return fell from {mean[peak]:.4g} up to "

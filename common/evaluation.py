@@ -173,6 +173,11 @@ class Collector:
         self.success = np.full(slots, np.nan)
         return self._standardise(observations)
 
+    def take_finished(self) -> list[Finished]:
+        """The episodes that have ended since this was last asked."""
+        finished, self.finished = self.finished, []
+        return finished
+
     def step(self, actions: np.ndarray) -> Outcome:
         """Takes one step with actions [S, A] in [-1, 1].
 

@@ -49,7 +49,7 @@ def plot_run(path: str, history, finished, score_of, results: dict, config) -> N
             fontsize=11,
         )
         if results["warnings"]:
-            heads = "\n".join(warning.split(": ")[0] for warning in results["warnings"])
+            heads = "\n".join(_head(warning) for warning in results["warnings"])
             figure.supxlabel(heads, fontsize=8, color=RED)
         _plot_score(axes[0, 0], series, finished, score_of, results)
         _plot_coefficient(axes[0, 1], series, config)
@@ -79,6 +79,12 @@ def _curves(axis, x, values, colour, label):
     mean = values.mean(axis=1)
     marker = "o" if np.isfinite(mean).sum() == 1 else None
     axis.plot(x, mean, color=colour, lw=1.8, label=label, marker=marker, ms=4)
+
+
+def _head(warning):
+    """What has happened, without the numbers and the mend."""
+    head, _, rest = warning.partition(": ")
+    return f"{head}: {rest.partition(': ')[0]}" if head == "diverged" else head
 
 
 def _plot_score(axis, series, finished, score_of, results):

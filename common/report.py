@@ -94,7 +94,7 @@ class RunLog:
                 self._check_data(saved[1])
             elif not resume or os.path.exists(os.path.join(workdir, "scores.csv")):
                 self._set_aside()  # a run of before, or one without a checkpoint to go on from
-            for name in ("scores.csv", "episodes.csv", "tensorboard"):  # written again, or new
+            for name in ("scores.csv", "episodes.csv", "tensorboard", "diverged.txt"):  # or again
                 remove(os.path.join(workdir, name))
             self.writers = []  # SummaryWriter's own thread would wait forever on a full disk
             for seed in self.seeds:
@@ -158,9 +158,8 @@ class RunLog:
             self._add_episodes(episodes)
         self.speeds, self.online_speeds = records["speeds"], records["online_speeds"]
         self.compile_seconds, self.seconds_before = records["compile_seconds"], records["seconds"]
-        self.arrays, last = arrays, self.history[-1]
-        self.saved = last["phase"], last["step"]
-        print(f"goes on in {self.workdir} after {last['phase']} step {last['step']}", flush=True)
+        self.arrays, self.saved = arrays, (records["phase"], records["step"])
+        print("goes on in {} after {} step {}".format(self.workdir, *self.saved), flush=True)
 
     def has(self, phase) -> bool:
         """Whether an evaluation of this phase has been made: by an unfinished run, at the start."""
@@ -171,11 +170,11 @@ class RunLog:
 
         `tree` as it is, and 0, in a run that has not come that far.
         """
-        if not self.arrays or self.history[-1]["phase"] != phase:
+        if not self.arrays or self.saved[0] != phase:
             return tree, 0
         arrays, self.arrays = self.arrays, {}
         try:
-            return fill(tree, arrays), self.history[-1]["step"]
+            return fill(tree, arrays), self.saved[1]
         except ValueError as error:
             raise InputError(
                 f"the checkpoint in {self.workdir} is of another version or shape ({error}): "
@@ -183,14 +182,20 @@ class RunLog:
             ) from None
 
     @writes
-    def save(self, tree) -> None:
-        """After an evaluation, every `checkpoint_minutes`: what the run can go on from."""
-        if not self.checkpoints.due():
+    def save(self, tree, phase, step, envs=None) -> None:
+        """Every `checkpoint_minutes`, and when told to stop: what the run can go on from.
+
+        step: updates offline, environment steps online. envs: a Collector.
+        """
+        is_evaluated = step % self.config.eval_interval == 0
+        if not self.checkpoints.due(is_evaluated):
             return
-        self.saved = self.history[-1]["phase"], self.history[-1]["step"]
+        if envs:
+            self._add_episodes(envs.take_finished())
         self.checkpoints.save(
-            len(self.history),
+            step,
             tree,
+            phase=phase,
             **{"data": self.data_fingerprint, "trusted rows": self.trusted_fingerprint},
             history=[
                 {key: x.tolist() if isinstance(x, np.ndarray) else x for key, x in past.items()}
@@ -202,40 +207,43 @@ class RunLog:
             compile_seconds=self.compile_seconds,
             seconds=self.seconds_before + time.perf_counter() - self.started,
         )
+        self.saved = phase, step
 
     @writes
-    def check_finite(self, phase, updates, broke, parts) -> None:
+    def check_finite(self, phase, updates, broke, parts, rewards) -> None:
         """Raises Diverged when a metric or a part of the state is not finite.
 
-        updates, broke, parts: see first_broken. What has been written stays, the last checkpoint
-        too.
+        updates, broke, parts: see first_broken. rewards: an array of those learned from. What has
+        been written stays, the last checkpoint too.
         """
         broken = first_broken(*jax.device_get((updates, broke, parts)))
         if not broken:
             return
         i, update, names = broken
         n = [past["n"][i] for past in self.history[-2:]]
-        rewards = self.config.reward_scale * self.dataset.rewards + self.config.reward_bias
         cause = likely_cause(
             self.config,
             n_grows=len(n) == 2 and n[0] < n[1],
             saturated=self.dataset.saturated,
-            largest_reward=float(np.abs(rewards).max(initial=0)),
+            largest_reward=float(np.abs(np.asarray(rewards)).max(initial=0)),
         )
         kept = "no checkpoint was due before"
         if self.saved:
             where = os.path.join(self.workdir, "unfinished")
-            kept = "the last finite checkpoint, of {} step {}, stays in {}".format(
-                *self.saved, where
-            )
+            phase, step = self.saved
+            unit = "update" if phase == "offline" else "environment step"
+            kept = f"the last finite checkpoint, of {phase} {unit} {step}, stays in {where}"
         elif self.config.checkpoint_minutes:
             kept += ", with --config.checkpoint_minutes=0 one is at every evaluation"
         others = f" (with {', '.join(names[1:4])})" if names[1:] else ""
         at = f"at update {update} ({phase}) of seed {self.seeds[i]}"
         message = f"diverged: {names[0]}{others} is not finite {at}: {cause}; {kept}"
-        if self.history:
-            known = self._summary([None] * len(self.seeds))
-            self._plot(finite(known | {"warnings": [message, *known["warnings"]]}))
+        with contextlib.suppress(OSError):  # this is to be said even if the disk is full
+            with open(os.path.join(self.workdir, "diverged.txt"), "w") as file:
+                file.write(message + "\n")
+            if self.history:
+                known = self._summary([None] * len(self.seeds))
+                self._plot(finite(known | {"warnings": [message, *known["warnings"]]}))
         for writer in self.writers:
             writer.close()
         self.lock.close()
@@ -257,15 +265,14 @@ class RunLog:
         self.speeds.append(updates / (time.perf_counter() - started))
 
     @writes
-    def collected(self, step, seconds, envs):
-        """Adds the interval that ends at environment step `step`: its time, and what has ended."""
-        steps = self.config.eval_interval
+    def collected(self, step, steps, seconds, envs):
+        """Adds the `steps` that end at environment step `step`: their time, and what has ended."""
         updates = min(steps, max(step - self.config.warmup_steps, 0))
         if updates == steps or step == self.config.online_steps:  # others are half a warm-up
             rates = (updates / seconds, steps / seconds * len(self.seeds), envs.seconds / seconds)
             self.online_speeds.append(rates)
-        finished, envs.finished, envs.seconds = envs.finished, [], 0.0
-        self._add_episodes(finished)
+        envs.seconds = 0.0
+        self._add_episodes(envs.take_finished())
 
     def _add_episodes(self, finished):
         rows = []
@@ -458,9 +465,8 @@ class RunLog:
                 "untrained coefficient: without offline training β_φ knows nothing; give "
                 "coefficient=fixed, with coefficient_init=0 for the plain algorithm"
             )
-        returns = self.returns
-        if not len(returns):
-            returns = np.array([past["return_mean"] for past in self.history] or [0])
+        means = [past["return_mean"] for past in self.history]
+        returns = np.concatenate([[0.0], self.returns, *means])
         floor, scale = self.dataset.reference or (returns.min(), returns.max())
         found += signatures(
             self.history, floor, scale, self.trusted_fraction, self.config, self.seeds

@@ -337,9 +337,20 @@ def test_scan_equals_a_python_loop(config):
     assert int(scanned.step[0]) == config.eval_interval
     assert not any(update.any() for update in broke.values())
     for name, mean in means.items():
-        if name != "n":
-            loop = np.mean([info[name] for info in infos])
-            np.testing.assert_allclose(mean[0], loop, rtol=1e-3, atol=1e-5, err_msg=name)
+        loop = np.mean([info[name] for info in infos])
+        np.testing.assert_allclose(mean[0], loop, rtol=1e-3, atol=1e-5, err_msg=name)
+    # In parts it computes the same.
+    size, in_parts, totals = 4, states(config, [3]), dict.fromkeys(means, 0)
+    for start in range(0, config.eval_interval, size):
+        in_parts, info, _ = ssar.train_interval(
+            in_parts, data._replace(trusted=trusted), config, start, num_updates=size
+        )
+        totals = {name: totals[name] + x for name, x in info.items()}
+    for a, b in zip(arrays(in_parts), arrays(scanned), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name, mean in means.items():
+        mean_of_parts = totals[name] * size / config.eval_interval
+        np.testing.assert_allclose(mean_of_parts, mean, rtol=1e-5, atol=1e-6, err_msg=name)
     # Poisoned, it tells which update first met a reward that is not finite.
     drawn = np.asarray(indices).reshape(-1, config.batch_size)
     first = {row: (drawn == row).any(axis=1).argmax() + 1 for row in np.unique(drawn)}
