@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -17,7 +18,10 @@ import orbax.checkpoint as ocp
 
 from common.checks import InputError, Unwritable
 from common.dataset import Normalizer
-from common.stopping import stop, stop_is_due
+from common.stopping import note_saved, stop, stop_is_due
+
+FORMAT = 2  # of what a run can go on from
+DIGESTS = "digests.json"  # beside orbax's files: what they hash to
 
 
 def save_checkpoint(workdir, normalizer, trusted, data_fingerprint, name, state) -> str:
@@ -34,20 +38,22 @@ def save_checkpoint(workdir, normalizer, trusted, data_fingerprint, name, state)
     }
     if trusted.size:  # there may be no data
         tree["trusted"] = np.ascontiguousarray(trusted)
-    try:
+    with _unwritable(path):
         _reserve(os.path.abspath(workdir), tree)
         with _checkpointer() as checkpointer:
             checkpointer.save(path, tree, force=True)
-    except Exception as error:  # whatever orbax makes of it
-        raise Unwritable(path, error) from None
+        _write_digests(path)
     return path
 
 
 def load_checkpoint(workdir: str, like=None, name="checkpoint"):
     """What save_checkpoint wrote: as nested dictionaries, or as a tree like `like`.
 
-    like: arrays, or what jax.eval_shape makes of the function that built them.
+    like: arrays, or what jax.eval_shape makes of the function that built them. Raises ValueError
+    when a file is not as it was written.
     """
+    if broken := _broken(os.path.join(workdir, name)):
+        raise ValueError(broken)
     with _checkpointer() as checkpointer:
         words = lambda x: jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
         shapes = jax.tree.map(words, like) if like else None
@@ -93,25 +99,29 @@ class Checkpoints:
         Raises Stopped afterwards if the run was told to stop. Raises Unwritable.
         """
         flat = {path: _to_host(x) for path, x in _by_path(tree) if x.size}
-        records |= {"step": step}
-        records |= {"digest": _digest(flat, records)}
+        records |= {"step": step, "format": FORMAT}
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(flat), records=ocp.args.JsonSave(records)
         )
-        try:
+        with _unwritable(self.folder):
             _reserve(self.folder, flat, json.dumps(records))
             number = (self.manager.latest_step() or 0) + 1
             self.manager.save(number, args=args)
-        except Exception as error:  # whatever orbax makes of it
-            raise Unwritable(self.folder, error) from None
+            _write_digests(os.path.join(self.folder, str(number)))
         self.written = time.perf_counter()
+        note_saved(f"{records.get('phase', 'iql')} step {step}")
         if stop_is_due():
             stop()
 
+    def close(self) -> None:
+        """Nothing more is read or written."""
+        self.manager.close()
+
     def remove(self) -> None:
         """The work is done."""
-        self.manager.close()
-        shutil.rmtree(self.folder)
+        self.close()
+        os.rename(self.folder, f"{self.folder}.old")  # at once: half of it would look broken
+        shutil.rmtree(f"{self.folder}.old", ignore_errors=True)
 
     def resume(self, tree):
         """`tree` and its step as last saved; as it is, and 0, without any that fits."""
@@ -119,20 +129,23 @@ class Checkpoints:
         if not saved:
             return tree, 0
         try:
+            check_format(saved[1])
             return fill(tree, saved[0]), saved[1]["step"]
         except ValueError as error:
-            self._set_aside(saved[1]["step"], f"of another version or shape: {error}")
+            self._set_aside(self.manager.latest_step(), f"of another version or shape: {error}")
             return self.resume(tree)
 
     def load(self):
         """The newest whole one: its arrays by path, and its records; None without any."""
         args = ocp.args.Composite(tree=ocp.args.StandardRestore(), records=ocp.args.JsonRestore())
         for step in sorted(self.manager.all_steps(), reverse=True):
+            path = os.path.join(self.folder, str(step))
+            if broken := _broken(path):  # orbax would fill the screen
+                self._set_aside(step, broken)
+                continue
             try:
                 saved = self.manager.restore(step, args=args)
-                if saved.records.pop("digest") != _digest(saved.tree, saved.records):
-                    raise ValueError("its bits have changed")
-            except Exception as error:  # whatever orbax makes of a file that is broken
+            except Exception as error:  # whatever orbax makes of it
                 self._set_aside(step, " ".join(str(error).split())[:120])
             else:
                 return saved.tree, saved.records
@@ -178,13 +191,61 @@ def _name(path):
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _digest(flat, records):
-    """Of names and bits: orbax does not notice when a stored number changes."""
-    digest = hashlib.blake2b(json.dumps(records, sort_keys=True).encode(), digest_size=16)
-    for name in sorted(flat):
-        digest.update(f"{name}{flat[name].dtype}{flat[name].shape}".encode())
-        digest.update(np.ascontiguousarray(flat[name]))
-    return digest.hexdigest()
+def check_format(records: dict) -> None:
+    """Raises ValueError for what another version has saved."""
+    if records.get("format") != FORMAT:
+        raise ValueError(f"its format is {records.get('format')}, not {FORMAT}")
+
+
+def _write_digests(path):
+    """After orbax's files, what they hash to: it does not notice when a stored number changes."""
+    with open(os.path.join(path, f"{DIGESTS}.new"), "w") as file:
+        json.dump(_digests(path), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(os.path.join(path, f"{DIGESTS}.new"), os.path.join(path, DIGESTS))
+
+
+def _digests(path):
+    found = {}
+    for parent, _, names in os.walk(path):
+        for name in names:
+            file = os.path.join(parent, name)
+            if not name.startswith(DIGESTS):
+                with open(file, "rb") as opened:
+                    digest = hashlib.file_digest(opened, "sha256").hexdigest()
+                found[os.path.relpath(file, path)] = digest
+    return found
+
+
+def _broken(path):
+    """What is wrong with the files of a checkpoint, in a few words; nothing if all are whole."""
+    try:
+        with open(os.path.join(path, DIGESTS)) as file:
+            written = json.load(file)
+        now = _digests(path)
+    except (OSError, ValueError) as error:
+        return f"its {DIGESTS}: {getattr(error, 'strerror', None) or 'not readable'}"
+    if not isinstance(written, dict) or written.keys() - now.keys():
+        return "a file is missing"
+    changed = [name for name in written if written[name] != now[name]]
+    return f"{changed[0]} is not as it was written" if changed else None
+
+
+@contextlib.contextmanager
+def _unwritable(path):
+    """Turns what the disk, or orbax, says of it into Unwritable."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(path, error) from None
+    except Exception as error:  # orbax's own, with the system's words in them
+        if not any(os.strerror(number) in str(error) for number in NO_ROOM):
+            raise
+        raise Unwritable(path, error) from None
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def _reserve(folder, tree, text=""):

@@ -169,7 +169,10 @@ def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> di
     path = os.path.join(os.path.expanduser(workdir), "config.json")
     try:
         with open(path) as file:
-            return json.load(file)
+            settings = json.load(file)
+        if not isinstance(settings, dict):
+            raise ValueError
+        return settings
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not readable"
         raise InputError(
@@ -178,8 +181,12 @@ def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> di
 
 
 def is_unfinished(workdir: str) -> bool:
-    """Whether a run was begun in `workdir` and came to no results."""
-    return _has(workdir, "config.json") and not _has(workdir, "results.json")
+    """Whether a run was begun in `workdir` and did not come to its end.
+
+    Its results are followed by the removal of what it could have gone on from.
+    """
+    is_over = _has(workdir, "results.json") and not _has(workdir, "unfinished")
+    return _has(workdir, "config.json") and not is_over
 
 
 def _has(workdir, name):
@@ -191,9 +198,15 @@ def lock(workdir: str):
 
     Raises InputError when another process has it.
     """
+    path = os.path.join(workdir, "lock")
     try:
-        file = open(os.path.join(workdir, "lock"), "a+")
+        file = open(path, "a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _has(workdir, "lock") or not os.path.samestat(
+            os.fstat(file.fileno()), os.stat(path)
+        ):
+            file.close()  # the process that had it has just removed it
+            return lock(workdir)
     except BlockingIOError:
         file.seek(0)
         process = file.read().strip()
@@ -214,11 +227,16 @@ def lock(workdir: str):
 
 def _check_unfinished(workdir, config):
     """Raises InputError when the unfinished run there has other settings."""
-    settings = load_settings(workdir, "--workdir")
+    settings, now = load_settings(workdir, "--workdir"), lasting_settings(config)
+    if foreign := sorted(set(settings) - set(config)):
+        raise InputError(
+            f"--workdir={workdir} holds an unfinished run of another script, with "
+            f"{', '.join(foreign)}: choose another folder, or give --noresume to set it aside"
+        )
     differing = [
-        f"{field}={_as_json(config[field])} (there {settings.get(field)})"
-        for field in sorted(set(config) - set(MAY_CHANGE))
-        if _as_json(config[field]) != settings.get(field)
+        f"{field}={now[field]} (there {settings.get(field)})"
+        for field in sorted(now)
+        if now[field] != settings.get(field)
     ]
     if differing:
         raise InputError(
@@ -228,9 +246,14 @@ def _check_unfinished(workdir, config):
         )
 
 
+def lasting_settings(config) -> dict:
+    """Those that a run keeps from its start to its end, as they come back from its config.json."""
+    return {field: _as_json(config[field]) for field in set(config) - set(MAY_CHANGE)}
+
+
 def _as_json(value):
     """The value as it comes back from a run's config.json."""
-    if isinstance(value, float) and abs(value) == float("inf"):
+    if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return list(value) if isinstance(value, tuple) else value
 
@@ -248,7 +271,7 @@ def check_workdir(workdir: str, config, resume: bool) -> None:
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise InputError(f"--workdir={workdir} is a file: choose another folder")
     # What a start that died at once may leave is no reason to refuse.
-    begun = {"lock", "unfinished", "config.json.new"}
+    begun = {"lock", "unfinished", "unfinished.old", "config.json.new"}
     if os.path.isdir(workdir) and set(os.listdir(workdir)) - begun:
         if not _has(workdir, "config.json"):
             raise InputError(f"--workdir={workdir} holds files of no run: choose another folder")
@@ -260,7 +283,7 @@ def check_workdir(workdir: str, config, resume: bool) -> None:
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
     try:
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
+        tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise InputError(
             f"--workdir={workdir} cannot be written in {parent} ({error.strerror}): choose another "

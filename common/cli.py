@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from common.checks import InputError, Unwritable, load_settings
-from common.stopping import GRACE, Stopped, catch_signals
+from common.stopping import GRACE, Stopped, catch_signals, where_saved
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -78,11 +78,9 @@ def run(main, name: str) -> None:
 
 def _leave(stopped, name):
     """Ends the process, without waiting for the program under way."""
-    print(
-        f"{name}: stopped by {stopped}: the same command goes on from the last checkpoint, if "
-        "there is one",
-        flush=True,
-    )
+    where = where_saved()
+    goes_on = f"goes on from {where}" if where else "starts anew, for nothing was due to be saved"
+    print(f"{name}: stopped by {stopped}: the same command {goes_on}", flush=True)
     if jax.distributed.is_initialized() and not jax.process_index():
         time.sleep(GRACE)  # the others end with this one, and may be saving
     os._exit(stopped.status)

@@ -21,12 +21,13 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from common.checkpoint import Checkpoints, fill
-from common.checks import InputError, Unwritable, is_unfinished, lock
+from common.checkpoint import Checkpoints, check_format, fill
+from common.checks import InputError, Unwritable, is_unfinished, lasting_settings, lock
 from common.dataset import Fingerprint
 from common.diagnosis import Diverged, first_broken, likely_cause, signatures
 from common.evaluation import Finished
 from common.plot import plot_run
+from common.stopping import note_saved
 
 # Names that the authors' code logs under, so that curves line up.
 TENSORBOARD_TAGS = {
@@ -87,13 +88,13 @@ class RunLog:
         self.warned = set()
         self.trusted_fingerprint = _fingerprint(trusted)
         try:
-            self._open()
-            resume = resume and is_unfinished(workdir)
-            saved = self.checkpoints.load() if resume else None
-            if saved:
-                self._check_data(saved[1])
-            elif not resume or os.path.exists(os.path.join(workdir, "scores.csv")):
-                self._set_aside()  # a run of before, or one without a checkpoint to go on from
+            os.makedirs(workdir, exist_ok=True)
+            self.lock = lock(workdir)
+            saved = self._load() if resume and is_unfinished(workdir) else None
+            if not saved:  # and if there was another run, or one that had not come to a checkpoint
+                self._set_aside()
+                self._write_json("config.json", config.to_dict())
+                self.checkpoints = self._checkpoints()
             for name in ("scores.csv", "episodes.csv", "tensorboard", "diverged.txt"):  # or again
                 remove(os.path.join(workdir, name))
             self.writers = []  # SummaryWriter's own thread would wait forever on a full disk
@@ -110,33 +111,49 @@ class RunLog:
             ) from None
         self._warn()  # of the data: before the run, not after it
 
-    def _open(self):
-        """Makes the folder this process's, whatever is in it."""
-        os.makedirs(self.workdir, exist_ok=True)
-        self.lock = lock(self.workdir)
-        if not os.path.exists(os.path.join(self.workdir, "config.json")):
-            self._write_json("config.json", self.config.to_dict())
+    def _checkpoints(self):
         folder = os.path.join(self.workdir, "unfinished")
-        self.checkpoints = Checkpoints(folder, self.config.checkpoint_minutes)
+        return Checkpoints(folder, self.config.checkpoint_minutes)
+
+    def _load(self):
+        """What the unfinished run saved last, checked; None without any."""
+        self.checkpoints = self._checkpoints()
+        if saved := self.checkpoints.load():
+            self._check_data(saved[1])
+        else:
+            self.checkpoints.close()
+        return saved
 
     def _set_aside(self):
         """Renames what is there to <workdir>.1, .2, ..., unless there is nothing yet."""
-        number, workdir = 1, self.workdir.rstrip("/")
-        if set(os.listdir(workdir)) <= {"lock", "config.json", "unfinished"}:
-            self._write_json("config.json", self.config.to_dict())
+        number, workdir = 1, os.path.realpath(self.workdir)
+        with contextlib.suppress(OSError):  # unless there is something in it
+            os.rmdir(os.path.join(workdir, "unfinished"))
+        if set(os.listdir(workdir)) <= {"lock", "config.json", "config.json.new", "unfinished.old"}:
             return
         while os.path.exists(f"{workdir}.{number}"):
             number += 1
         held, aside = self.lock, f"{workdir}.{number}"
         os.rename(workdir, aside)
         print(f"the earlier run in {self.workdir} is now {aside}", file=sys.stderr)
-        self._open()
+        os.makedirs(workdir)
+        self.lock = lock(workdir)
         os.remove(os.path.join(aside, "lock"))
-        with contextlib.suppress(OSError):  # unless there is something in it
-            os.rmdir(os.path.join(aside, "unfinished"))
         held.close()
 
     def _check_data(self, records):
+        """Raises InputError when it was saved under other circumstances than there are now."""
+        mend = "choose another --workdir, or give --noresume to set it aside"
+        try:
+            check_format(records)
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint in {self.workdir} is of another version ({error}): {mend}"
+            ) from None
+        if records["settings"] != lasting_settings(self.config):
+            raise InputError(
+                f"the checkpoint in {self.workdir} has other settings than its config.json: {mend}"
+            )
         for what, now in (
             ("data", self.data_fingerprint),
             ("trusted rows", self.trusted_fingerprint),
@@ -159,6 +176,7 @@ class RunLog:
         self.speeds, self.online_speeds = records["speeds"], records["online_speeds"]
         self.compile_seconds, self.seconds_before = records["compile_seconds"], records["seconds"]
         self.arrays, self.saved = arrays, (records["phase"], records["step"])
+        note_saved("{} step {}".format(*self.saved))
         print("goes on in {} after {} step {}".format(self.workdir, *self.saved), flush=True)
 
     def has(self, phase) -> bool:
@@ -196,6 +214,7 @@ class RunLog:
             step,
             tree,
             phase=phase,
+            settings=lasting_settings(self.config),
             **{"data": self.data_fingerprint, "trusted rows": self.trusted_fingerprint},
             history=[
                 {key: x.tolist() if isinstance(x, np.ndarray) else x for key, x in past.items()}
@@ -394,8 +413,9 @@ class RunLog:
         timing = self._timing(bool(online))
         self._write_json("timing.json", timing)
         self._write_json("results.json", results)  # from here on the run is finished
-        self.checkpoints.remove()
-        os.remove(self.lock.name)
+        with contextlib.suppress(OSError):  # the results are there
+            self.checkpoints.remove()
+            os.remove(self.lock.name)
         self.lock.close()
         self._print_table(results, timing)
         return results

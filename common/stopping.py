@@ -8,8 +8,9 @@ import time
 
 import jax
 
-GRACE = 5.0  # seconds from the signal until the run stops where it is
+GRACE = 10.0  # seconds from the signal until the run stops where it is
 _caught = []  # the signal that told the run to stop
+_saved = []  # where this process last saved the run
 
 
 class Stopped(KeyboardInterrupt):
@@ -29,6 +30,16 @@ def catch_signals() -> None:
     signal.signal(signal.SIGALRM, _stop)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _catch)
+
+
+def note_saved(where: str) -> None:
+    """Remembers, for what is said at the end, where the run can go on from."""
+    _saved[:] = [where]
+
+
+def where_saved() -> str | None:
+    """Where the run can go on from; None if nothing has been saved."""
+    return _saved[0] if _saved else None
 
 
 def stop_is_due() -> bool:

@@ -64,7 +64,9 @@ def test_a_run_that_diverges_keeps_what_it_had(data, tmp_path):
     assert 0 < done < 60
     assert np.isfinite([float(row["critic_loss"]) for row in rows]).all()
     (name,) = [name for name in os.listdir(workdir + "/unfinished") if name == str(done // 20)]
-    with pytest.raises(Diverged, match=f"finite checkpoint, of offline update {done}, stays in") as e:
+    with pytest.raises(
+        Diverged, match=f"finite checkpoint, of offline update {done}, stays in"
+    ) as e:
         ssar.main(config, workdir)  # the same again, to the bit
     update = int(str(e.value).split("update ")[1].split()[0])
     assert done < update <= done + 20

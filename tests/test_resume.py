@@ -3,13 +3,17 @@
 import contextlib
 import csv
 import errno
+import fcntl
+import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +25,8 @@ from toys import tiny_config, toy_columns, write_hdf5
 from tqdm import tqdm
 
 import ssar_td3bc as ssar
-from common import stopping
-from common.checkpoint import load_checkpoint
+from common import checkpoint, report, stopping
+from common.checkpoint import Checkpoints, load_checkpoint
 from common.checks import InputError, lock
 from common.evaluation import Collector, Evaluator
 
@@ -71,6 +75,7 @@ def start_and_kill(config, workdir, *moment, script=ssar):
         try:  # without pytest.raises, whose traceback would keep the run and its lock alive
             script.main(config, workdir)
         except Killed:
+            gc.collect()
             return
     pytest.fail("it was not killed")
 
@@ -270,13 +275,14 @@ def damage(folder, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped"])
-def test_a_broken_checkpoint_falls_back_to_the_one_before(how, data, whole, tmp_path, capsys):
+def test_a_broken_checkpoint_falls_back_to_the_one_before(how, data, whole, tmp_path, capfd):
     workdir = str(tmp_path / "run")
     config = stopped_run(data, workdir)
     damage(os.path.join(workdir, "unfinished", "2"), how)
     ssar.main(config, workdir)
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert f"the checkpoint {workdir}/unfinished/2 is broken" in printed.err
+    assert "Traceback" not in printed.err and "Error" not in printed.err
     assert "goes on in" in printed.out and "after offline step 20" in printed.out
     assert_same(whole, workdir)
 
@@ -303,16 +309,104 @@ def test_another_run_in_the_folder_is_refused_and_kept(data, tmp_path):
     with pytest.raises(InputError, match="had other data"):
         ssar.main(config_of(other), workdir)
     with open(os.path.join(workdir, "config.json"), "r+") as file:
-        settings = json.load(file) | {"hidden_dims": [8, 8]}
+        settings = json.load(file) | {"discount": 0.5}
         file.seek(0)
         file.truncate()
         json.dump(settings, file)
-    with pytest.raises(InputError, match="of another version or shape .*kernel_0 is float32"):
-        ssar.main(config_of(data, hidden_dims=(8, 8)), workdir)
+    with pytest.raises(InputError, match="run has other settings than its config.json"):
+        ssar.main(config_of(data, discount=0.5), workdir)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        with pytest.raises(InputError, match="run is of another version .its format is 2, not 3"):
+            ssar.main(config_of(data, discount=0.5), workdir)
     assert read(workdir, "scores.csv") == before
     ssar.main(config_of(data, seed=3), workdir, resume=False)
     assert read(workdir + ".1", "scores.csv") == before
     assert rows_of(workdir, "scores.csv")[0]["seed"] == "3"
+
+
+def test_a_checkpoint_of_another_shape_is_refused(data, tmp_path, monkeypatch):
+    workdir = str(tmp_path / "run")
+    config = stopped_run(data, workdir)
+    init_state = ssar.init_state
+    monkeypatch.setattr(ssar, "init_state", lambda key, obs, *args: init_state(key, obs + 1, *args))
+    monkeypatch.setattr(ssar, "pretrain", lambda state, *args: args[2].restore("offline", [state]))
+    with pytest.raises(InputError, match=r"of another version or shape .*kernel_0 is float32\["):
+        ssar.main(config, workdir)
+    assert len(os.listdir(os.path.join(workdir, "unfinished"))) == 2
+
+
+def test_settings_of_a_run_set_aside_do_not_come_back(data, tmp_path):
+    """Killed as it goes on; set aside for other settings; these are what the folder then holds."""
+    workdir = str(tmp_path / "run")
+    start_and_kill(stopped_run(data, workdir), workdir, report, "remove", 2)
+    assert not os.path.exists(os.path.join(workdir, "scores.csv"))
+    config = config_of(data, discount=0.5)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        kill_at(Evaluator, "__call__", 2, monkeypatch)
+        try:
+            ssar.main(config, workdir, resume=False)
+        except Killed:
+            pass
+    assert len(os.listdir(os.path.join(workdir + ".1", "unfinished"))) == 2
+    ssar.main(config, workdir)
+    ssar.main(config, str(tmp_path / "whole"))
+    assert_same(str(tmp_path / "whole"), workdir)
+
+
+def test_checkpoints_without_settings_are_set_aside(data, whole, tmp_path):
+    workdir = str(tmp_path / "run")
+    stopped_run(data, workdir, discount=0.5)
+    for name in ("config.json", "scores.csv", "episodes.csv"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(workdir, name))
+    shutil.rmtree(os.path.join(workdir, "tensorboard"))
+    ssar.main(config_of(data), workdir)
+    assert_same(whole, workdir)
+    assert len(os.listdir(os.path.join(workdir + ".1", "unfinished"))) == 2
+
+
+def test_killed_after_its_results_a_run_is_finished_not_begun_again(data, whole, tmp_path):
+    workdir = str(tmp_path / "run")
+    start_and_kill(config_of(data), workdir, Checkpoints, "remove", 1)
+    assert os.path.exists(os.path.join(workdir, "results.json"))
+    ssar.main(config_of(data), workdir)
+    assert_same(whole, workdir)
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_files_that_cannot_be_removed_cost_no_result(data, whole, tmp_path, monkeypatch):
+    workdir = str(tmp_path / "run")
+    monkeypatch.setattr(Checkpoints, "remove", mock.Mock(side_effect=OSError(39, "Not empty")))
+    results = ssar.main(config_of(data), workdir)
+    assert json.loads(read(whole, "results.json")) == results
+
+
+def test_a_folder_behind_a_link_is_set_aside_where_it_lies(data, tmp_path):
+    os.makedirs(tmp_path / "disk" / "run")
+    os.symlink(tmp_path / "disk" / "run", tmp_path / "link")
+    for _ in range(2):
+        ssar.main(config_of(data), str(tmp_path / "link"))
+    assert sorted(os.listdir(tmp_path / "disk")) == ["run", "run.1"]
+    assert os.path.islink(tmp_path / "link")
+
+
+def test_a_lock_that_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """The process that had it removes it between the other's opening and locking."""
+    flock, path = fcntl.flock, str(tmp_path / "lock")
+    calls = []
+
+    def late(file, how):
+        calls.append(file)
+        if len(calls) == 1:
+            os.remove(path)
+            open(path, "w").close()
+        return flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with lock(str(tmp_path)) as held:
+        assert len(calls) == 2 and calls[0].closed
+        assert os.path.samestat(os.fstat(held.fileno()), os.stat(path))
 
 
 def test_two_runs_in_one_folder_are_refused(data, tmp_path):
@@ -447,6 +541,44 @@ def test_a_second_signal_ends_it_at_once_and_other_handlers_stay(signals):
     assert stopped.value.status == 130
 
 
+def test_told_to_stop_within_an_interval_it_is_saved_there(data, tmp_path, monkeypatch, signals):
+    """Offline after 12 of 60 updates, online after 47 of 60 steps; only that kept them."""
+    monkeypatch.setattr(ssar, "UPDATES_PER_CALL", 120)  # six at a time
+    settings = {"eval_interval": 60, "online_steps": 120, "checkpoint_minutes": 60.0}
+    config = config_of(data, buffer_init="half", **settings)
+    ssar.main(config, str(tmp_path / "whole"))
+    workdir = str(tmp_path / "run")
+    for owner, name, call, phase, step in (
+        (ssar, "broken_parts", 2, "offline", 12),
+        (Collector, "step", 47, "online", 47),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            work, calls = getattr(owner, name), []
+
+            def told(*args, work=work, calls=calls, call=call):
+                calls.append(1)
+                if len(calls) == call:
+                    stopping._caught.append(signal.SIGTERM)
+                return work(*args)
+
+            patch.setattr(owner, name, told)
+            with contextlib.suppress(stopping.Stopped):
+                ssar.main(config, workdir)
+        assert stopping.where_saved() == f"{phase} step {step}"
+        stopping._caught.clear()
+    ssar.main(config, workdir)
+    rows = [rows_of(str(tmp_path / name), "scores.csv") for name in ("whole", "run")]
+    assert rows[0][:4] == rows[1][:4]  # two seeds, offline and before the first step online
+    assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
+    for seed in "01":
+        episodes = [row for row in rows_of(workdir, "episodes.csv") if row["seed"] == seed]
+        ends = [int(row["step"]) for row in episodes]
+        starts = [end - int(row["length"]) for end, row in zip(ends, episodes, strict=True)]
+        assert all(a == b or b == 47 for a, b in zip([0, *ends], starts, strict=False))
+    state = load_checkpoint(workdir)["state"]
+    np.testing.assert_array_equal(state["step"], 60 + 120 - config.warmup_steps)
+
+
 SETTINGS = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -478,7 +610,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(data, tmp_path):
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == status, err[-2000:]
-        assert "the same command goes on from the last checkpoint" in out.splitlines()[-1]
+        assert "the same command goes on from offline step " in out.splitlines()[-1]
         assert "Traceback" not in err
         reached = len(rows_of(workdir, "scores.csv"))
         assert len(os.listdir(os.path.join(workdir, "unfinished"))) <= 2

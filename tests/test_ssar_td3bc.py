@@ -57,7 +57,11 @@ def test_scan_equals_a_python_loop(config):
         np.testing.assert_allclose(mean[0], loop, rtol=1e-4, atol=1e-6, err_msg=name)
     assert float(scanned.threshold.n[0]) == float(state.threshold.n)
     # In parts it computes the same.
-    size, in_parts, totals = 2 * config.policy_freq, toy_states(config, [3]), dict.fromkeys(means, 0)
+    size, in_parts, totals = (
+        2 * config.policy_freq,
+        toy_states(config, [3]),
+        dict.fromkeys(means, 0),
+    )
     for start in range(0, config.eval_interval, size):
         in_parts, info, _ = ssar.train_interval(
             in_parts, data._replace(trusted=trusted), config, start, num_updates=size
