@@ -463,7 +463,9 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
         name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
         name += ["updates", config.iql_steps, config.batch_size]
         name += ["rates", config.discount, config.target_update_rate, config.matmul_precision]
-        trusted = cached_labels(config.cache_dir, name, partial(label_by_iql, keys, data, config))
+        label = partial(label_by_iql, keys, data, config)
+        shape = (config.num_seeds, len(rewards))
+        trusted = cached_labels(config.cache_dir, name, shape, label)
     elif config.selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
     elif config.selection == "success":

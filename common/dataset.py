@@ -167,14 +167,15 @@ def best_episodes(rewards: np.ndarray, ends: np.ndarray, count: int) -> np.ndarr
     return np.concatenate([np.arange(first[i], last[i] + 1) for i in order])
 
 
-def cached_labels(cache_dir: str, name: list, make) -> np.ndarray:
-    """The bool array that make(folder) returns, kept in `cache_dir` under what it depends on, name.
+def cached_labels(cache_dir: str, name: list, shape: tuple, make) -> np.ndarray:
+    """The bool array of that shape that make(folder) returns, kept in `cache_dir`.
 
-    folder: where make may keep what it has done so far; None where `cache_dir` cannot be written.
+    name: what it depends on. folder: where make may keep what it has done so far; None where
+    `cache_dir` cannot be written.
     Of several processes that ask for the same labels, one makes them and the others wait.
     """
     path = os.path.join(os.path.expanduser(cache_dir), "-".join(map(str, name)) + ".npy")
-    if (labels := _load_labels(path)) is not None:
+    if (labels := _load_labels(path, shape)) is not None:
         return labels
     try:  # before the work
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -184,7 +185,7 @@ def cached_labels(cache_dir: str, name: list, make) -> np.ndarray:
         _warn(cache_dir, error)
         return make(None)
     with lock:
-        if (labels := _load_labels(path)) is None:
+        if (labels := _load_labels(path, shape)) is None:
             labels = make(f"{path}.unfinished")
             try:
                 with open(f"{path}.new", "wb") as file:
@@ -212,10 +213,11 @@ def _wait_for(lock):
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def _load_labels(path):
+def _load_labels(path, shape):
     """None where they are not, or broken: to be made again."""
     try:
         labels = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return labels if labels.dtype == bool else None
+    is_ours = isinstance(labels, np.ndarray) and labels.dtype == bool and labels.shape == shape
+    return labels if is_ours else None

@@ -9,11 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import h5py
 import minari
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
+from minari.storage.datasets_root_dir import get_dataset_path
 
 from common import d4rl
 from common.checks import InputError
@@ -145,16 +147,28 @@ def _read_metadata(path, attributes):
     try:
         key = "env_kwargs"
         kwargs = dict(json.loads(found[key] or "{}"))
-        if any(isinstance(value, str) and os.path.sep in value for value in kwargs.values()):
-            raise ValueError("a path, which is not opened on a file's word")
+        if _names_path(kwargs):
+            raise ValueError("which is not opened on a file's word")
+        key = "env_id"
+        env_id = None if found[key] is None else str(np.asarray(found[key]).item())
         key = "ref_min_score"
         reference = _stored_reference(found)
     except (TypeError, ValueError):
         raise InputError(
-            f"{path}: attribute '{key}' is {found[key]!r}: mend or remove it (env_kwargs is a JSON "
-            "object without paths, the reference scores are numbers)"
+            f"{path}: attribute '{key}' is {found[key]!r}: mend or remove it (env_id is a name, "
+            "env_kwargs a JSON object without paths, the reference scores are two numbers, the "
+            "first below the second)"
         ) from None
-    return found["env_id"] and str(found["env_id"]), kwargs, reference
+    return env_id, kwargs, reference
+
+
+def _names_path(value) -> bool:
+    """Whether a path is among what a data set wants an environment to be made with."""
+    if isinstance(value, dict):
+        return any(map(_names_path, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_names_path, value))
+    return isinstance(value, str) and (os.path.sep in value or value.startswith((".", "~")))
 
 
 @contextlib.contextmanager
@@ -167,9 +181,10 @@ def _open_hdf5(path):
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError) as error:  # all of which h5py makes of broken bytes
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{path} is not a readable HDF5 file ({error}): put a whole one in its place, or "
+            f"{path} is not a readable HDF5 file ({reason}): put a whole one in its place, or "
             "delete it, if it is of D4RL's folder, to have it downloaded again"
         ) from None
 
@@ -177,9 +192,11 @@ def _open_hdf5(path):
 def _check_own(path, file) -> None:
     """Raises InputError for a column that leads out of the file, to wherever its maker wanted."""
     for key in (*NEEDED, "timeouts", "next_observations"):
+        if key not in file:
+            continue
         column = file.get(key)
         if not isinstance(column, h5py.Dataset):
-            continue
+            raise InputError(f"{path}: '{key}' holds no numbers: mend or remove it")
         elsewhere = column.file.filename != file.filename or column.external
         if column.is_virtual:
             elsewhere = elsewhere or any(x.file_name != "." for x in column.virtual_sources())
@@ -310,22 +327,67 @@ def _d4rl_step_limits(terminals, max_steps) -> np.ndarray:
 def _load_minari(dataset_id, env, keys, rows, cache_dir) -> Dataset:
     stored = _find_minari(dataset_id)
     metadata = stored.storage.metadata
-    if env:
-        spec = env_spec(env, dataset_id)
-    elif metadata.get("eval_env_spec"):
-        spec = EnvSpec.from_json(metadata["eval_env_spec"])
-    else:
-        spec = stored.env_spec or env_spec(None, dataset_id)
-    reference = _stored_reference(metadata)
-    columns = _flat_columns(dataset_id, stored, keys, rows, cache_dir)
+    named = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    spec = _registered_spec(named, dataset_id) if named and not env else env_spec(env, dataset_id)
+    try:
+        reference = _stored_reference(metadata)
+        columns = _flat_columns(dataset_id, stored, keys, rows, cache_dir)
+    except InputError:
+        raise
+    except Exception as error:  # whatever Minari makes of data that are not as it writes them
+        raise _broken_minari(dataset_id, stored.storage.data_path, error) from None
     return _from_columns(dataset_id, spec, reference, rows, columns)
+
+
+def _broken_minari(dataset_id, path, error):
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return InputError(
+        f"Minari data set '{dataset_id}' in {path} is broken ({reason}): mend it, or delete it and "
+        "have it downloaded or recorded again"
+    )
+
+
+def _registered_spec(text: str, source: str) -> EnvSpec:
+    """The environment of that name that is registered here, as the data set wants it made.
+
+    Its arguments, time limit and Gymnasium's own wrappers are the data's; their code is not run.
+    """
+    try:
+        named = json.loads(text)
+        env_id, kwargs = str(named["id"]), dict(named.get("kwargs") or {})
+        wrappers = [
+            WrapperSpec(wrapper["name"], str(wrapper["entry_point"]), wrapper.get("kwargs"))
+            for wrapper in named.get("additional_wrappers") or ()
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(
+            f"{source} does not tell its environment in a way that can be read: give the Gymnasium "
+            "id with --config.env=<id>"
+        ) from None
+    foreign = [x.name for x in wrappers if not x.entry_point.startswith("gymnasium.wrappers.")]
+    if ":" in env_id or foreign or _names_path([kwargs, *(x.kwargs for x in wrappers)]):
+        raise InputError(
+            f"{source} asks for code or files of its own, by its environment "
+            f"{', with '.join([env_id, *foreign])}: give --config.env={env_id} if you trust it"
+        )
+    spec = env_spec(env_id, source)
+    spec.kwargs |= kwargs
+    spec.additional_wrappers = tuple(wrappers)
+    spec.max_episode_steps = named.get("max_episode_steps", spec.max_episode_steps)
+    return spec
 
 
 def _find_minari(dataset_id):
     """The data set, downloaded unless Minari has it."""
     local_id = dataset_id.partition("://")[2].partition("/")[2] or dataset_id
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+    try:
         return minari.load_dataset(local_id, download=False)
+    except Exception as error:  # whatever Minari makes of what is there
+        path = ""
+        with contextlib.suppress(ValueError, TypeError):  # of what is no id
+            path = get_dataset_path(local_id)
+        if os.path.isdir(path):
+            raise _broken_minari(dataset_id, path, error) from None
     hint = d4rl.suggest(dataset_id)
     try:
         if hint or not re.search(r"-v\d+$", dataset_id):
@@ -357,6 +419,7 @@ def _flat_columns(source, stored, keys, rows, cache_dir) -> dict[str, np.ndarray
     path = os.path.join(os.path.expanduser(cache_dir), "minari", name)
     with contextlib.suppress(OSError, KeyError), h5py.File(path, "r") as file:
         return _read_columns(source, file, rows)
+    _check_own_episodes(source, stored)
     columns, unfinished = _join_episodes(source, stored, keys), f"{path}.{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -370,6 +433,22 @@ def _flat_columns(source, stored, keys, rows, cache_dir) -> dict[str, np.ndarray
         reason = os.strerror(error.errno) if error.errno else error  # h5py's own are long
         print(f"warning: no flat copy is kept in {cache_dir} ({reason})", file=sys.stderr)
     return _read_columns(source, columns, rows)
+
+
+def _check_own_episodes(source, stored) -> None:
+    """Raises InputError for episodes that lead out of Minari's file, as _check_own does."""
+
+    def links_out(name, link):
+        return name if isinstance(link, h5py.ExternalLink) else None
+
+    def lies_out(name, item):
+        is_column = isinstance(item, h5py.Dataset)
+        return name if is_column and (item.external or item.is_virtual) else None
+
+    for file in Path(stored.storage.data_path).glob("*.hdf5"):
+        with h5py.File(file, "r") as opened:
+            if name := opened.visititems_links(links_out) or opened.visititems(lies_out):
+                raise InputError(f"{source}: '{name}' lies in another file: put its numbers here")
 
 
 def _join_episodes(source, stored, keys) -> dict[str, np.ndarray]:
@@ -401,10 +480,13 @@ def _join_episodes(source, stored, keys) -> dict[str, np.ndarray]:
 
 
 def _stored_reference(metadata) -> tuple[float, float] | None:
-    """(random, expert) return from a file's own metadata."""
+    """(random, expert) return from a file's own metadata. Raises TypeError or ValueError."""
     if metadata.get("ref_min_score") is None or metadata.get("ref_max_score") is None:
         return None
-    return float(metadata["ref_min_score"]), float(metadata["ref_max_score"])
+    low, high = float(metadata["ref_min_score"]), float(metadata["ref_max_score"])
+    if not -np.inf < low < high < np.inf:
+        raise ValueError(f"{low} is to be below {high}")
+    return low, high
 
 
 def _no_data(env: str, keys) -> Dataset:

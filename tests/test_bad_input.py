@@ -100,7 +100,10 @@ FILES = {
     "kwargs": {"env_id": "ssar-test/Walk-v0", "env_kwargs": "{"},
     "wind": {"env_id": "ssar-test/Walk-v0", "env_kwargs": '{"wind": 3}'},
     "path": {"env_id": "Hopper-v5", "env_kwargs": '{"xml_file": "/etc/passwd"}'},
+    "path_within": {"env_id": "Hopper-v5", "env_kwargs": '{"xml_file": [{"a": "../x.xml"}]}'},
+    "ids": {"env_id": np.array([b"Hopper-v5", b"Hopper-v4"])},
     "reference": {"ref_min_score": "low", "ref_max_score": 1.0},
+    "level": {"ref_min_score": 1.0, "ref_max_score": 1.0},
     "module": {"env_id": "antigravity:Walk-v0"},
 }
 
@@ -134,6 +137,22 @@ def commands(tmp_path_factory):
         del file["rewards"]
         external = [("/etc/passwd", 0, 4 * rows)]
         file.create_dataset("rewards", (rows,), np.float32, external=external)
+    for name, key, there in (
+        ("folders", "timeouts", None),
+        ("dangling", "next_observations", h5py.SoftLink("/nowhere")),
+    ):
+        shutil.copy(data, at(f"{name}.hdf5"))
+        with h5py.File(at(f"{name}.hdf5"), "a") as file:
+            del file[key]
+            if there:
+                file[key] = there
+            else:
+                file.create_group(key)
+    with open(data, "rb") as file, open(at("scrambled.hdf5"), "wb") as scrambled:
+        content = bytearray(file.read())
+        for place in range(100, 6000, 7):
+            content[place] ^= 255
+        scrambled.write(content)
     with h5py.File(at("group.hdf5"), "w") as file:
         file["actions"] = h5py.SoftLink("/nowhere")
 
@@ -146,7 +165,7 @@ def commands(tmp_path_factory):
     settings = f"--config={at('ssar_td3bc.py')}"
     status, _, err = commands("ssar_td3bc", settings, f"--workdir={at('finished')}")
     assert status == 0, err
-    for name in ("broken", "swapped", "mistyped", "unfinished", "used"):
+    for name in ("broken", "swapped", "mistyped", "listed", "unfinished", "used", "foreign"):
         shutil.copytree(at("finished"), at(name))
     for parent, _, names in os.walk(at("broken", "checkpoint")):
         for name in names:
@@ -156,7 +175,9 @@ def commands(tmp_path_factory):
         pickle.dump({"state": {}}, file)
     with open(at("mistyped", "config.json"), "w") as file:
         file.write('{"seed": ')
-    for name in ("unfinished", "used"):
+    with open(at("listed", "config.json"), "w") as file:
+        file.write("[1]")
+    for name in ("unfinished", "used", "foreign"):
         os.remove(at(name, "results.json"))
     held = lock(at("used"))
     yield commands
@@ -186,6 +207,7 @@ TABLE = {
     "a web page": (file("page"), "page.hdf5 is not a readable HDF5 file"),
     "a pickle": (file("pickled"), "pickled.hdf5 is not a readable HDF5 file"),
     "half a file": (file("half"), "half.hdf5 is not a readable HDF5 file"),
+    "scrambled bytes": (file("scrambled"), "scrambled.hdf5 is not a readable HDF5 file"),
     "an empty file": (file("empty"), "empty.hdf5 is not a readable HDF5 file"),
     "two files": (["--config.dataset=d4rl:a.hdf5", file("toy")], "two files are given"),
     # --- keys, shapes, types, values ---
@@ -193,6 +215,8 @@ TABLE = {
     "a dangling link": (file("group"), "group.hdf5 has no key 'observations', only actions: "),
     "a link out of the file": (file("elsewhere"), "'rewards' lies in another file: copy"),
     "numbers out of the file": (file("raw"), "'rewards' lies in another file: copy"),
+    "a group for a column": (file("folders"), "'timeouts' holds no numbers: mend or remove it"),
+    "a dangling column": (file("dangling"), "'next_observations' holds no numbers: mend or"),
     "fewer actions": (file("short"), "'observations' has 61: every key needs one row"),
     "flat observations": (file("flat"), "'observations' has type float32 and shape (61,): it"),
     "actions in a cube": (file("cube"), "'actions' has type float32 and shape (61, 2, 1): it"),
@@ -206,7 +230,12 @@ TABLE = {
     "narrow successors": (file("narrow"), "'next_observations' has shape (61, 3) but"),
     "broken kwargs": ([file("kwargs"), *field(env="")], "attribute 'env_kwargs' is '{': mend or"),
     "unknown kwargs": ([file("wind"), *field(env="")], "cannot make environment ssar-test/Walk-v0"),
-    "a path in kwargs": ([file("path"), *field(env="")], "is a JSON object without paths"),
+    "a path in kwargs": ([file("path"), *field(env="")], "a JSON object without paths"),
+    "a path within kwargs": (
+        [file("path_within"), *field(env="")], "a JSON object without paths"
+    ),
+    "two environments": ([file("ids"), *field(env="")], "attribute 'env_id' is array("),
+    "no scale": (file("level"), "attribute 'ref_min_score' is 1.0: mend or remove it"),
     "no reference": (file("reference"), "attribute 'ref_min_score' is 'low': mend or remove it"),
     "a module in a file": (
         [file("module"), *field(env="")],
@@ -301,6 +330,10 @@ TABLE = {
     "in use": (RUN + "used", "used is in use by process"),
     "settings cut short": (
         [RUN + "mistyped", GO_ON + "mistyped", *ONLINE], "mistyped is no run's folder"
+    ),
+    "settings in a list": ([RUN + "listed", GO_ON + "listed", *ONLINE], "listed is no run's folder"),
+    "the other script's unfinished run": (
+        ("ssar_cql", [RUN + "foreign"]), "holds an unfinished run of another script, with expl_noise"
     ),
     # --- checkpoints ---
     "no run to go on from": ([GO_ON + "none", *ONLINE], "none is no run's folder ("),

@@ -1,5 +1,6 @@
 """Loading, episodes, returns, normalisation, against golden numbers and slow references."""
 
+import json
 import os
 import shutil
 import tracemalloc
@@ -407,19 +408,19 @@ def test_labels_are_cached_and_a_broken_file_is_made_again(tmp_path):
         return np.array([True, False])
 
     for _ in range(2):
-        labels = cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], make)
+        labels = cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], (2,), make)
         np.testing.assert_array_equal(labels, [True, False])
     assert len(calls) == 1
     (file,) = (tmp_path / "new").glob("*.npy")
     file.write_bytes(file.read_bytes()[:-1])
     np.testing.assert_array_equal(
-        cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], make), [True, False]
+        cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], (2,), make), [True, False]
     )
-    cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.5], make)
+    cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.5], (2,), make)
     assert len(calls) == 3
     fail = mock.Mock(side_effect=RuntimeError)
     with pytest.raises(RuntimeError):
-        cached_labels(str(tmp_path / "new"), ["other"], fail)
+        cached_labels(str(tmp_path / "new"), ["other"], (2,), fail)
     left = [name for name in os.listdir(tmp_path / "new") if not name.endswith(".lock")]
     assert len(left) == 2  # nothing unfinished
 
@@ -432,12 +433,12 @@ def test_labels_that_cannot_be_kept_are_announced_before_the_work(tmp_path, caps
         assert "labels are not kept, for --config.cache_dir=" in capsys.readouterr().err
         return np.array([True])
 
-    assert cached_labels(str(tmp_path / "file"), ["abc"], make)
+    assert cached_labels(str(tmp_path / "file"), ["abc"], (2,), make)
 
 
 def test_labels_without_room_are_used_all_the_same(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(np, "save", mock.Mock(side_effect=OSError(28, "No space left on device")))
-    assert cached_labels(str(tmp_path), ["abc"], lambda folder: np.array([True]))
+    assert cached_labels(str(tmp_path), ["abc"], (1,), lambda folder: np.array([True]))
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "abc.npy")
 
@@ -493,6 +494,115 @@ def test_dictionary_observations_are_flattened_as_the_evaluation_does():
     length = episode_lengths(data.episode_ends)[0]
     np.testing.assert_array_equal(data.observations[:length, 0], np.arange(length))
     assert [float(obs[0, 0, 0]) for obs in seen] == list(range(len(seen)))
+
+
+def change_metadata(changes):
+    return lambda folder, metadata: metadata.update(changes)
+
+
+def change_spec(**changes):
+    def change(folder, metadata):
+        metadata["eval_env_spec"] = json.dumps(json.loads(metadata["eval_env_spec"]) | changes)
+
+    return change
+
+
+def cut_short(folder, metadata):
+    with open(folder / "main_data.hdf5", "r+b") as file:
+        file.truncate(1500)
+
+
+def in_episode(change):
+    def changed(folder, metadata):
+        with h5py.File(folder / "main_data.hdf5", "a") as file:
+            change(file["episode_1"])
+
+    return changed
+
+
+def leads_out(episode):
+    del episode["rewards"]
+    episode["rewards"] = h5py.ExternalLink("/etc/hosts.hdf5", "rewards")
+
+
+def lies_out(episode):
+    rows = len(episode["rewards"])
+    del episode["rewards"]
+    episode.create_dataset("rewards", (rows,), np.float32, external=[("/etc/passwd", 0, 4 * rows)])
+
+
+def lacks_rewards(episode):
+    del episode["rewards"]
+
+
+def lacks_a_reward(episode):
+    rewards = episode["rewards"][:-1]
+    del episode["rewards"]
+    episode["rewards"] = rewards
+
+
+SHELL = {"name": "shell", "entry_point": "subprocess:getoutput", "kwargs": {"cmd": "touch x"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (change_spec(id="os:Goal-v0"), "asks for code or files of its own, .* os:Goal-v0: give --"),
+        (
+            change_spec(additional_wrappers=[SHELL]),
+            "of its own, .*Goal-v0, with shell: give --conf",
+        ),
+        (change_spec(kwargs={"a": [{"b": "/etc/passwd"}]}), "asks for code or files of its own"),
+        (change_spec(id="Nowhere-v0"), "unknown environment 'Nowhere-v0'"),
+        (
+            change_spec(id=3, kwargs="a"),
+            "does not tell its environment in a way that can be|broken",
+        ),
+        (change_metadata({"eval_env_spec": "{"}), "is broken .JSONDecodeError: "),
+        (
+            change_metadata({"ref_min_score": "low", "ref_max_score": 1.0}),
+            "is broken .ValueError: ",
+        ),
+        (change_metadata({"ref_min_score": 1.0, "ref_max_score": 1.0}), "1.0 is to be below 1.0"),
+        (cut_short, "is broken .*: mend it, or delete it"),
+        (in_episode(lacks_rewards), "is broken .*rewards.*: mend it, or delete it"),
+        (in_episode(lacks_a_reward), "is broken .*: mend it, or delete it"),
+        (in_episode(leads_out), "'episode_1/rewards' lies in another file"),
+        (in_episode(lies_out), "'episode_1/rewards' lies in another file"),
+    ],
+)
+def test_a_minari_data_set_that_is_broken_or_sly_is_refused(change, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    record_goals("ssar-test/bad-v0")
+    folder = tmp_path / "ssar-test" / "bad-v0" / "data"
+    with open(folder / "metadata.json") as file:
+        metadata = json.load(file)
+    change(folder, metadata)
+    with open(folder / "metadata.json", "w") as file:
+        json.dump(metadata, file)
+    with pytest.raises(InputError, match=words) as error:
+        load_dataset("ssar-test/bad-v0", cache_dir=str(tmp_path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_code_that_a_minari_data_set_names_is_not_run(tmp_path, monkeypatch):
+    """The environment is the one that is registered here; Gymnasium's own wrappers stay."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    record_goals("ssar-test/sly-v0")
+    path = tmp_path / "ssar-test" / "sly-v0" / "data" / "metadata.json"
+    with open(path) as file:
+        metadata = json.load(file)
+    clip = {"name": "ClipReward", "entry_point": "gymnasium.wrappers.transform_reward:ClipReward"}
+    spec = json.loads(metadata["eval_env_spec"])
+    spec |= {"entry_point": "subprocess:getoutput", "max_episode_steps": 3}
+    spec |= {"additional_wrappers": [clip | {"kwargs": {"max_reward": 0.5}}]}
+    with open(path, "w") as file:
+        json.dump(metadata | {"eval_env_spec": json.dumps(spec)}, file)
+    data = load_dataset("ssar-test/sly-v0", cache_dir=str(tmp_path))
+    assert data.env.entry_point == gymnasium.spec("ssar-test/Goal-v0").entry_point
+    assert data.env.max_episode_steps == 3
+    env = gymnasium.make(data.env)
+    assert isinstance(env, gymnasium.wrappers.ClipReward)
 
 
 def test_keys_of_observations_may_be_chosen():
