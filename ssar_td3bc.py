@@ -50,6 +50,7 @@ online is trusted; evaluation has environments of its own.
         --config.online_steps=250000
 """
 
+import os
 import time
 from functools import partial
 from typing import NamedTuple
@@ -438,7 +439,7 @@ def label_by_iql(keys, data, config, folder=None):
     sizes = data.obs.shape[1], data.action.shape[1]
     state = jax.jit(jax.vmap(lambda key: iql_init(key, *sizes)))(keys)
     state = on_devices(state, "seeds")
-    checkpoints = Checkpoints(folder, config.checkpoint_minutes)
+    checkpoints = Checkpoints(folder, config.checkpoint_minutes, is_needed=False)
     state, done = checkpoints.resume(state)
     with progress(config.iql_steps, "iql", done=done) as bar:
         while done < config.iql_steps:
@@ -737,7 +738,8 @@ def updates_per_call(config):
     most = UPDATES_PER_CALL
     if jax.default_backend() == "cpu":
         most = most / (10 * config.num_seeds)  # they train in turns
-    sizes = range(config.policy_freq, config.eval_interval + 1, config.policy_freq)
+    together = config.get("policy_freq", 1)
+    sizes = range(together, config.eval_interval + 1, together)
     sizes = [size for size in sizes if config.eval_interval % size == 0]
     return min(sizes, key=lambda size: abs(np.log(size / most)))
 
@@ -992,8 +994,10 @@ def main(config, workdir=None, resume=True):
     """
     started = time.perf_counter()
     config = ml_collections.FrozenConfigDict(config)
-    phase = "-online" if config.offline_checkpoint else ""
-    workdir = workdir or f"runs/ssar_td3bc/{config.task}/{config.seed}{phase}"
+    beside = os.path.expanduser(config.offline_checkpoint or "").rstrip("/")
+    workdir = (
+        workdir or beside and f"{beside}-online" or f"runs/ssar_td3bc/{config.task}/{config.seed}"
+    )
     check_config(config)
     check_workdir(workdir, config, resume)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)

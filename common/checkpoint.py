@@ -65,12 +65,20 @@ class Checkpoints:
     """The last two states of unfinished work, in a folder of their own, each written atomically.
 
     What was being written when the process died is not there the next time. folder: None where
-    nothing is to be kept. minutes: from one to the next. Raises OSError where it cannot be written.
+    nothing is to be kept. minutes: from one to the next. is_needed: whether a folder that cannot be
+    written ends the work, or but costs a warning. Raises OSError where it cannot be written.
     """
 
-    def __init__(self, folder: str | None, minutes: float):
-        self.folder = folder and os.path.abspath(folder)
+    def __init__(self, folder: str | None, minutes: float, is_needed: bool = True):
+        self.folder, self.is_needed = folder and os.path.abspath(folder), is_needed
         if not folder:
+            return
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+        except OSError as error:
+            if is_needed:
+                raise
+            self._do_without(Unwritable(self.folder, error))
             return
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
@@ -79,7 +87,6 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             multiprocessing_options=_this_process_alone(ocp.options.MultiprocessingOptions),
         )
-        os.makedirs(self.folder, exist_ok=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.seconds, self.written = 60 * minutes, time.perf_counter()
 
@@ -103,15 +110,24 @@ class Checkpoints:
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(flat), records=ocp.args.JsonSave(records)
         )
-        with _unwritable(self.folder):
-            _reserve(self.folder, flat, json.dumps(records))
-            number = (self.manager.latest_step() or 0) + 1
-            self.manager.save(number, args=args)
-            _write_digests(os.path.join(self.folder, str(number)))
+        try:
+            with _unwritable(self.folder):
+                _reserve(self.folder, flat, json.dumps(records))
+                number = (self.manager.latest_step() or 0) + 1
+                self.manager.save(number, args=args)
+                _write_digests(os.path.join(self.folder, str(number)))
+            note_saved(f"{records.get('phase', 'iql')} step {step}")
+        except Unwritable as error:
+            if self.is_needed:
+                raise
+            self._do_without(error)
         self.written = time.perf_counter()
-        note_saved(f"{records.get('phase', 'iql')} step {step}")
         if stop_is_due():
             stop()
+
+    def _do_without(self, error):
+        print(f"warning: no checkpoints are kept: {error.reason}", file=sys.stderr)
+        self.folder = None
 
     def close(self) -> None:
         """Nothing more is read or written."""

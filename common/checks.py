@@ -16,9 +16,10 @@ class Unwritable(InputError):
 
     def __init__(self, path: str, error: Exception):
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        self.reason = f"{path} cannot be written ({reason})"
         super().__init__(
-            f"{path} cannot be written ({reason}): free space or mend its permissions, and the "
-            "same command goes on from the last checkpoint, if there is one"
+            f"{self.reason}: free space or mend its permissions, and the same command goes on from "
+            "the last checkpoint, if there is one"
         )
 
 
@@ -88,12 +89,18 @@ def check_config(config) -> None:
     for field in AT_LEAST_ONE:
         if field in config and config[field] is not None and config[field] < 1:
             refuse(field, "must be at least 1")
+    for field in (*AT_LEAST_ONE, *NOT_NEGATIVE, "decay_steps"):
+        if field in config and (config[field] or 0) >= 2**31:
+            refuse(field, "must be below 2^31")
+    if config.batch_size > 2**20:
+        refuse("batch_size", "must be at most 2^20")
     for field in NOT_NEGATIVE:
         if not 0 <= config[field] < float("inf"):
             refuse(field, "must not be negative, nor unbounded")
     for field, (low, high) in RANGES.items():
         if field in config and not (low <= config[field] <= high and abs(config[field]) < 1e30):
-            refuse(field, f"must lie between {low} and {high}")
+            too_large = low <= config[field] <= high
+            refuse(field, "is too large" if too_large else f"must lie between {low} and {high}")
     for field in WIDTHS:
         if not config[field] or not all(isinstance(w, int) and w > 0 for w in config[field]):
             refuse(field, "must be layer widths such as (256,256)")

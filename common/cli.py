@@ -1,10 +1,14 @@
 """The command line of the scripts."""
 
+import difflib
 import functools
 import importlib
 import os
+import re
 import sys
+import tempfile
 import time
+import warnings
 
 import jax
 from absl import app, flags, logging
@@ -46,6 +50,7 @@ def run(main, name: str) -> None:
                 raise ValueError(f"the task is chosen by --config=configs/{name}.py:<task>")
             if len(rest) > 1:
                 raise ValueError(f"'{rest[1]}' is no flag: settings are given as --config.<field>=")
+            _check_types(config.value, _settings(name).get_config())
             return rest
 
         def start(_):
@@ -70,10 +75,22 @@ def run(main, name: str) -> None:
         os._exit(1)  # open files would try again, and fill the screen
     except InputError as error:
         sys.exit(f"{name}: {error}")
-    except (flags.Error, ValueError, TypeError, AttributeError, OSError) as error:
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end would raise
+        sys.exit(f"{name}: nobody reads what is printed any more: the same command goes on")
+    except Exception as error:
         if started:  # not about the command line: a fault of ours, to be shown whole
             raise
         sys.exit(f"{name}: {_one_line(error, name)}")
+
+
+def _check_types(config, like):
+    """Raises ValueError for a field of another type than the script's own settings give it."""
+    for field in like:
+        value, kind = config[field], like.get_type(field)
+        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+        if not (value is None or type(value) is kind or number or kind is type(None)):
+            raise ValueError(f"--config.{field}={value!r} must be of type {kind.__name__}")
 
 
 def _leave(stopped, name):
@@ -100,9 +117,25 @@ def restore_settings(config, given) -> None:
 
 def keep_programs(cache_dir: str) -> None:
     """Compiled programs go to `cache_dir`/compiled, unless JAX_COMPILATION_CACHE_DIR is set."""
-    if not jax.config.jax_compilation_cache_dir:
-        path = os.path.join(os.path.expanduser(cache_dir), "compiled")
-        jax.config.update("jax_compilation_cache_dir", path)
+    # What does not fit into it, or was cut short, is compiled again: no reason for a page of text.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+    if jax.config.jax_compilation_cache_dir:
+        return
+    path = os.path.join(os.path.expanduser(cache_dir), "compiled")
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+        for entry in os.scandir(path):
+            if not entry.stat().st_size:  # of a disk that was full
+                os.remove(entry.path)
+    except OSError as error:
+        print(
+            f"warning: compiled programs are not kept, for --config.cache_dir={cache_dir} cannot "
+            f"be written ({error.strerror})",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", path)
 
 
 def _settings(name):
@@ -110,10 +143,14 @@ def _settings(name):
 
 
 def _one_line(error, name) -> str:
+    if isinstance(error, AttributeError) and "get_config" in str(error):
+        return "the settings file given by --config has no get_config: give one that defines it"
     if isinstance(error, AttributeError):  # an unknown field
         field = str(error).split("\\n")[0].strip("'\"\\")
-        known = ", ".join(sorted(_settings(name).get_config()))
-        return f"no field '{field}': --config.<field>= takes {known}"
+        known = sorted(_settings(name).get_config())
+        if near := difflib.get_close_matches(field, known, 1):
+            return f"no field '{field}': is {near[0]} meant?"
+        return f"no field '{field}': --config.<field>= takes {', '.join(known)}"
     if isinstance(error, OSError):
         return (
             "no such settings file: give --config=<file>[:<task>], "
@@ -126,7 +163,20 @@ def _one_line(error, name) -> str:
         return f"no flag --{error.flagname}: give --config.{error.flagname}=<value>"
     while "Traceback" in str(error) and error.__context__:
         error = error.__context__
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    if isinstance(error, (SyntaxError, ImportError, NameError, KeyError)):
+        text = f"the settings file given by --config cannot be loaded ({text})"
+    for pattern, words in REWORDED:
+        text = re.sub(pattern, words, text)
+    return text
+
+
+REWORDED = (
+    (r".*invalid literal for int.*base 10: '(.*)'.*", r"'\1' is no whole number: write it in full"),
+    (r".*Non-boolean argument to boolean flag', '(.*)'.*", r"'\1' is neither True nor False"),
+    (r".*in argv before a value for --config.*",
+     "--config=<file>[:<task>] comes before any --config.<field>="),
+)  # fmt: skip
 
 
 def join_hosts(hosts: str, config) -> None:

@@ -7,12 +7,18 @@ where the fingertip is within 5 cm of the target, which ends the episode, and el
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 
 import gymnasium
 import minari
 import numpy as np
+from minari.storage.datasets_root_dir import get_dataset_path
+
+from common.checks import InputError
 
 EPISODES = 600
+SIZE = 2**24  # bytes that recording takes, at most
 # Name: id of the data set, environment, returns between which scores are normalised.
 DEMOS = {
     # Uniformly random torques, and where Gymnasium calls the task solved.
@@ -71,12 +77,26 @@ def run_episode(env, rng, gain, damping, noise) -> float:
     return total
 
 
+def _check_room(folder):
+    """Raises InputError unless a demo fits there: HDF5 would not survive a full disk."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, SIZE)
+    except OSError as error:
+        raise InputError(
+            f"the demo cannot be recorded in {folder} ({error.strerror}): make room, or name "
+            "another folder by the environment variable MINARI_DATASETS_PATH"
+        ) from None
+
+
 def demo_dataset_id(name: str) -> str:
     """A demo's Minari id; on first use, records it into the local root (MINARI_DATASETS_PATH)."""
     dataset_id, env_id, (low, high) = DEMOS[name]
     with contextlib.suppress(FileNotFoundError):
         minari.load_dataset(dataset_id)
         return dataset_id
+    _check_room(get_dataset_path())
     rng = np.random.default_rng(0)
     env = minari.DataCollector(gymnasium.make(env_id), record_infos=False)
     skills = rng.choice(len(SKILLS), size=EPISODES, p=[share for share, *_ in SKILLS])

@@ -141,7 +141,7 @@ def _lost(before, after, chance, floor, scale) -> bool:
 
 
 def collapse_while_n_grows(i, history, floor, scale, config) -> str | None:
-    """The score fell mid-training, and n grew from the peak to there: it grows too fast."""
+    """The score fell mid-training, and n had grown lately: it grows too fast."""
     if config.coefficient != "adaptive" or len(history) < 2 * WINDOW:
         return None
     mean, n = windows(history, i), [past["n"][i] for past in history]
@@ -150,12 +150,12 @@ def collapse_while_n_grows(i, history, floor, scale, config) -> str | None:
     chance = 5 * spread(history, i) * np.sqrt(1 / counts + 1 / WINDOW)
     for now in range(WINDOW, len(mean)):
         peak = int(np.argmax((mean - chance)[: now - WINDOW + 1]))
-        grew = n[now] > max(n[peak], n[max(now - LATELY, 0)])  # since the peak, and lately too
-        if grew and _lost(mean[peak], mean[now], chance[peak], floor, scale):
+        n_before = n[now - LATELY] if now >= LATELY else config.n_start
+        if n[now] > n_before and _lost(mean[peak], mean[now], chance[peak], floor, scale):
             return (
                 f"collapse while n grows (SEED): the return fell from {mean[peak]:.4g} up to "
                 f"update {history[peak]['step']} to {mean[now]:.4g} at update "
-                f"{history[now]['step']} as n went from {n[peak]:.3g} to {n[now]:.3g}; let n grow "
+                f"{history[now]['step']} as n went from {n_before:.3g} to {n[now]:.3g}; let n grow "
                 f"more slowly with update_period above {config.update_period}, or less with a "
                 "lower n_end"
             )

@@ -155,7 +155,7 @@ def _read_metadata(path, attributes):
         reference = _stored_reference(found)
     except (TypeError, ValueError):
         raise InputError(
-            f"{path}: attribute '{key}' is {found[key]!r}: mend or remove it (env_id is a name, "
+            f"{path}: attribute '{key}' is '{found[key]}': mend or remove it (env_id is a name, "
             "env_kwargs a JSON object without paths, the reference scores are two numbers, the "
             "first below the second)"
         ) from None

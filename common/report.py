@@ -53,6 +53,8 @@ def writes(method):
     def watched(self, *args, **kwargs):
         try:
             return method(self, *args, **kwargs)
+        except BrokenPipeError:  # of what is printed
+            raise
         except OSError as error:
             raise Unwritable(self.workdir, error) from None
 

@@ -23,6 +23,17 @@ def get_config(task=None):
 """
 
 
+WORDS = """
+given = get_config
+
+def get_config(task=None):
+    config = given()
+    with config.ignore_type():
+        config.batch_size = "many"
+    return config
+"""
+
+
 class Commands:
     """Runs command lines, and looks after the files in `folder`."""
 
@@ -120,6 +131,14 @@ def commands(tmp_path_factory):
     for script in ("ssar_td3bc", "ssar_cql"):
         with open(at(f"{script}.py"), "w") as file:
             file.write(SETTINGS.format(data=data, script=script))
+    for name, text in (
+        ("nothing", "settings = 3\n"),
+        ("prose", "I would like\n"),
+        ("fails", "import nowhere_to_be_found\n"),
+        ("words", SETTINGS.format(data=data, script="ssar_td3bc") + WORDS),
+    ):
+        with open(at(f"{name}.py"), "w") as file:
+            file.write(text)
     with open(at("page.hdf5"), "w") as file:
         file.write("<html>")
     with open(at("pickled.hdf5"), "wb") as file:
@@ -234,8 +253,8 @@ TABLE = {
     "a path within kwargs": (
         [file("path_within"), *field(env="")], "a JSON object without paths"
     ),
-    "two environments": ([file("ids"), *field(env="")], "attribute 'env_id' is array("),
-    "no scale": (file("level"), "attribute 'ref_min_score' is 1.0: mend or remove it"),
+    "two environments": ([file("ids"), *field(env="")], "attribute 'env_id' is '[b'Hopper-v5'"),
+    "no scale": (file("level"), "attribute 'ref_min_score' is '1.0': mend or remove it"),
     "no reference": (file("reference"), "attribute 'ref_min_score' is 'low': mend or remove it"),
     "a module in a file": (
         [file("module"), *field(env="")],
@@ -278,11 +297,25 @@ TABLE = {
         "is of ssar-test/Walk-v0, but hopper-medium-v2 of Hopper-v4",
     ),
     # --- settings ---
-    "no such field": (field(updat_period=3), "no field 'updat_period': --config.<field>= takes"),
+    "no settings in the file": ("--config={folder}/nothing.py", "has no get_config"),
+    "no Python in the file": ("--config={folder}/prose.py", "cannot be loaded (invalid syntax "),
+    "a file that fails": ("--config={folder}/fails.py", "cannot be loaded (No module"),
+    "a word in the file": ("--config={folder}/words.py", "batch_size='many' must be of type int"),
+    "fields before the file": (
+        [*field(seed=1), "--config={folder}/ssar_td3bc.py"],
+        "--config=<file>[:<task>] comes before any --config.<field>=",
+    ),
+    "a float for an int": (field(offline_steps="1e4"), "'1e4' is no whole number: write it"),
+    "no truth value": (field(loosen_bound="no"), "'no' is neither True nor False"),
+    "a typing error": (field(ofline_steps=20), "no field 'ofline_steps': is offline_steps meant?"),
+    "too long an interval": (field(eval_interval=3 * 10**9), "must be below 2^31"),
+    "too large a batch": (field(batch_size=10**9), "must be at most 2^20"),
+    "too large a reward": (field(reward_scale="1e30"), "reward_scale=1e+30 is too large"),
+    "no such field": (field(zzz=3), "no field 'zzz': --config.<field>= takes"),
     "no such flag": ("--confg=x", "Unknown command line flag 'confg'"),
     "a field as a flag": ("--seed=3", "no flag --seed: give --config.seed=<value>"),
     "a word": ("hopper-medium-v2", "'hopper-medium-v2' is no flag"),
-    "no number": (field(batch_size="many"), "batch_size"),
+    "no number": (field(batch_size="many"), "'many' is no whole number: write it"),
     "no settings file": ("--config=configs/none.py", "no such settings file"),
     "the other script's": ("--config=configs/ssar_cql.py:demo", "lacks expl_noise"),
     "no such task": ("--config=configs/ssar_td3bc.py:hoper-v2", "unknown task 'hoper-v2'"),
@@ -331,9 +364,9 @@ TABLE = {
     "settings cut short": (
         [RUN + "mistyped", GO_ON + "mistyped", *ONLINE], "mistyped is no run's folder"
     ),
-    "settings in a list": ([RUN + "listed", GO_ON + "listed", *ONLINE], "listed is no run's folder"),
+    "settings in a list": ([RUN + "listed", GO_ON + "listed", *ONLINE], "is no run's folder"),
     "the other script's unfinished run": (
-        ("ssar_cql", [RUN + "foreign"]), "holds an unfinished run of another script, with expl_noise"
+        ("ssar_cql", [RUN + "foreign"]), "an unfinished run of another script, with expl_noise"
     ),
     # --- checkpoints ---
     "no run to go on from": ([GO_ON + "none", *ONLINE], "none is no run's folder ("),
@@ -365,7 +398,9 @@ def test_bad_input_is_one_sentence_and_touches_nothing(case, commands):
     script, given = given if isinstance(given, tuple) else ("ssar_td3bc", given)
     given = [given] if isinstance(given, str) else given
     fill = lambda text: text.replace("{folder}", commands.folder)
-    arguments = [f"--config={commands.folder}/{script}.py", f"--workdir={commands.folder}/new"]
+    arguments = [f"--workdir={commands.folder}/new"]
+    if not any(argument.startswith("--config=") for argument in given):
+        arguments = [f"--config={commands.folder}/{script}.py", *arguments]
     before = commands.files()
     status, out, err = commands(script, *arguments, *map(fill, given))
     assert status == 1, out + err

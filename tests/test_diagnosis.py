@@ -142,9 +142,9 @@ SWITCH = "drop at the switch with β near zero"
 
 def test_a_collapse_while_n_grows_is_named_and_no_other():
     assert named(history(return_mean=RISE_AND_FALL, n=GROWS)) == [COLLAPSE]
-    assert (
-        named(history(return_mean=RISE_AND_FALL, n=np.minimum(GROWS, 1.6))) == []
-    )  # n had stopped
+    long_ago = history(return_mean=[10] * 10 + RISE_AND_FALL, n=[1.0, *[1.6] * 19])
+    assert named(long_ago) == []  # n had stopped
+    assert named(history(return_mean=RISE_AND_FALL)) == []
     assert named(history(return_mean=[*range(0, 100, 10)], n=GROWS)) == []
     assert named(history(return_mean=[80, 80, 80, 50, 48, 50, 45, 50, 46, 45], n=GROWS)) == []
     chance = history(return_mean=RISE_AND_FALL, n=GROWS, return_std=200.0)

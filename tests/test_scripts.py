@@ -15,7 +15,7 @@ DIFFERENT = set(
     """
     Noise TrainState actor critic critics critic_loss actor_loss log_likelihood_margin
     init_state sample_noise update_step train_interval act explore online_step compile_online
-    load_data main
+    load_data main UPDATES_PER_CALL
 """.split()
 )
 
