@@ -88,7 +88,7 @@ def where(workdir, cache):
     if not os.path.exists(os.path.join(workdir, "config.json")):
         return "labelling" if os.path.isdir(cache) and os.listdir(cache) else "start"
     unfinished = os.path.join(workdir, "unfinished")
-    if any("tmp" in name for name in os.listdir(unfinished)):
+    if os.path.isdir(unfinished) and any("tmp" in name for name in os.listdir(unfinished)):
         return "checkpoint"
     path = os.path.join(workdir, "scores.csv")
     return f"{sum(1 for _ in open(path)) - 1 if os.path.exists(path) else 0} rows"
@@ -96,11 +96,11 @@ def where(workdir, cache):
 
 def main(name, data, folder, selection, kills, longest, online="0"):
     script = importlib.import_module(name)
-    script.IQL_INTERVAL = 60
+    script.IQL_INTERVAL, script.UPDATES_PER_CALL = 60, 200  # ten of the twenty of an interval
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    settings = {"num_seeds": 2, "offline_steps": 300, "checkpoint_minutes": 0.0}
+    settings = {"num_seeds": 2, "offline_steps": 300, "checkpoint_minutes": 0.001}
     settings |= {"selection": selection, "iql_steps": 300, "expectile": 0.3}
     settings |= {"online_steps": int(online), "warmup_steps": 5, "buffer_init": "half"}
 

@@ -312,8 +312,8 @@ def test_iql_trains_every_seed_on_its_own(config):
     data = toy_batch(rows=300)._replace(trusted=None)
     keys = jnp.stack([jax.random.key(seed) for seed in (0, 1)])
     init = jax.vmap(ssar.iql_init, in_axes=(0, None, None))
-    both, info = ssar.iql_interval(init(keys, OBS, ACTION), data, config, 20)
-    single, _ = ssar.iql_interval(init(keys[1:], OBS, ACTION), data, config, 20)
+    both, info, broke = ssar.iql_interval(init(keys, OBS, ACTION), data, config, 20)
+    single, *_ = ssar.iql_interval(init(keys[1:], OBS, ACTION), data, config, 20)
     for a, b in zip(arrays(jax.tree.map(lambda x: x[1:], both)), arrays(single), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
     assert info["iql_value_loss"].shape == (2,)
