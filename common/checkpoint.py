@@ -15,6 +15,7 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from tqdm import tqdm
 
 from common.checks import InputError, Unwritable
 from common.dataset import Normalizer
@@ -126,7 +127,7 @@ class Checkpoints:
             stop()
 
     def _do_without(self, error):
-        print(f"warning: no checkpoints are kept: {error.reason}", file=sys.stderr)
+        tqdm.write(f"warning: no checkpoints are kept: {error.reason}", file=sys.stderr)
         self.folder = None
 
     def close(self) -> None:

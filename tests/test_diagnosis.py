@@ -201,12 +201,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_runs_name_their_failure_in_log_results_and_picture(
-    case, data, tmp_path, monkeypatch, capsys
-):
-    """Training is real, evaluations give the returns above. Healthy runs are in test_main."""
-    returns, settings, expected = CASES[case]
+def scripted_run(data, workdir, returns, monkeypatch, **settings):
+    """Results and pictures' captions of real training whose evaluations give these returns."""
     scripted, drawn = iter(returns), []
 
     def evaluate(*_, **__):
@@ -221,9 +217,28 @@ def test_runs_name_their_failure_in_log_results_and_picture(
     monkeypatch.setattr(Figure, "savefig", savefig)
     # n grows at every other evaluation of the eleven, whatever the margin.
     settings = {"offline_steps": 220, "update_period": 40, "expl_noise": 0.0} | settings
-    workdir = str(tmp_path / "run")
     results = ssar.main(tiny_config(data, **settings), workdir)
     assert next(scripted, None) is None
+    return results, drawn
+
+
+def test_a_healthy_run_is_silent(data, tmp_path, monkeypatch, capsys):
+    """As long as those below, n growing, its scores unsteady, β small after the switch."""
+    returns = [-60, -50, -30, -35, -20, -12, -18, -10, -14, -8, -8, -12, -12, -10, -14, -9]
+    settings = {"online_steps": 80, "warmup_steps": 1, "decay_steps": 1, "coefficient_init": 1.0}
+    settings |= {"buffer_capacity": 80, "batch_size": 16}
+    results, drawn = scripted_run(data, str(tmp_path / "run"), returns, monkeypatch, **settings)
+    assert results["warnings"] == [] and drawn == [""]
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_runs_name_their_failure_in_log_results_and_picture(
+    case, data, tmp_path, monkeypatch, capsys
+):
+    returns, settings, expected = CASES[case]
+    workdir = str(tmp_path / "run")
+    results, drawn = scripted_run(data, workdir, returns, monkeypatch, **settings)
     err = capsys.readouterr().err
     (text,) = [text for text in results["warnings"] if text.startswith(expected)]
     assert err.count(f"warning: {expected} (seed 0)") == 2  # as soon as it shows, and at the end

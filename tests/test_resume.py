@@ -25,9 +25,10 @@ from toys import tiny_config, toy_columns, write_hdf5
 from tqdm import tqdm
 
 import ssar_td3bc as ssar
-from common import checkpoint, report, stopping
+from common import checkpoint, cli, report, stopping
 from common.checkpoint import Checkpoints, load_checkpoint
 from common.checks import InputError, lock
+from common.demo import demo_dataset_id
 from common.evaluation import Collector, Evaluator
 
 
@@ -289,6 +290,14 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(how, data, whole, tmp_
     assert_same(whole, workdir)
 
 
+def test_a_finished_runs_checkpoint_is_checked_too(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert load_checkpoint(str(tmp_path / "run"))
+    damage(tmp_path / "run" / "checkpoint", "flipped")
+    with pytest.raises(ValueError, match="is not as it was written"):
+        load_checkpoint(str(tmp_path / "run"))
+
+
 def test_without_a_whole_checkpoint_it_starts_over(data, whole, tmp_path, capsys):
     workdir = str(tmp_path / "run")
     config = stopped_run(data, workdir)
@@ -479,6 +488,49 @@ def test_a_picture_that_cannot_be_written_costs_no_result(data, whole, tmp_path,
     assert "results.json" not in os.listdir(workdir)
     ssar.main(config_of(data), workdir)
     assert_same(whole, workdir)
+
+
+def test_labelling_does_without_checkpoints_where_there_is_no_room(tmp_path, capsys):
+    for folder, file in (("full", 1000), ("file", None)):
+        path = tmp_path / folder
+        if file is None:
+            path.write_text("no folder")
+        kept = Checkpoints(str(path), 0.0, is_needed=False)
+        with largest_file(1000):
+            if kept.due():
+                kept.save(1, {"a": np.zeros(3)})
+        assert not kept.due()
+        warning = capsys.readouterr().err
+        assert warning.startswith("warning: no checkpoints are kept: ") and warning.count("\n") == 1
+    needed = Checkpoints(str(tmp_path / "needed"), 0.0)
+    with (
+        largest_file(1000),
+        pytest.raises(InputError, match="cannot be written .File too large.: "),
+    ):
+        needed.save(1, {"a": np.zeros(3)})
+
+
+def test_programs_are_not_kept_where_there_is_no_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.MonkeyPatch.context() as patch:
+        config = mock.Mock(jax_compilation_cache_dir=None)
+        patch.setattr(cli.jax, "config", config)
+        cli.keep_programs(str(tmp_path / "file"))
+        config.update.assert_not_called()
+        assert "programs are not kept" in capsys.readouterr().err
+        os.makedirs(tmp_path / "new" / "compiled")
+        (tmp_path / "new" / "compiled" / "whole").write_text("x")
+        (tmp_path / "new" / "compiled" / "cut").write_text("")  # as a full disk leaves them
+        cli.keep_programs(str(tmp_path / "new"))
+        config.update.assert_called_once()
+    assert os.listdir(tmp_path / "new" / "compiled") == ["whole"]
+
+
+def test_without_room_for_the_demo_it_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with largest_file(100_000), pytest.raises(InputError, match="demo cannot be recorded in .*: "):
+        demo_dataset_id("demo")
+    assert not os.listdir(tmp_path)
 
 
 def test_a_process_without_room_says_one_sentence(data, tmp_path):
