@@ -212,8 +212,8 @@ class OnlineLoop:
             self.carry = jax.block_until_ready(way(self.carry))
             self.alone.append((time.perf_counter() - started) / self.steps)
 
-    def collected(self, _, seconds, envs):
-        self.seconds.append((seconds / self.steps, envs.seconds / self.steps, *self.alone))
+    def collected(self, _, steps, seconds, envs):
+        self.seconds.append((seconds / steps, envs.seconds / steps, *self.alone))
         envs.seconds, envs.finished = 0.0, []
 
     def compiling(self):
@@ -228,10 +228,7 @@ class OnlineLoop:
     def interval(self, *_):
         pass
 
-    check_finite = interval
-
-    def save(self, _):
-        pass
+    check_finite = save = interval
 
     def headline(self):
         return {}
