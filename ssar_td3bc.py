@@ -462,7 +462,7 @@ def select_trusted(data, ends, keys, data_fingerprint, config):
         trusted = np.ones(len(rewards), bool)  # the plain algorithm regularises everywhere
     elif config.selection == "iql":
         name = [data_fingerprint, "seed", config.seed, config.num_seeds, "tau", config.expectile]
-        name += ["updates", config.iql_steps, config.batch_size]
+        name += ["updates", config.iql_steps, IQL_INTERVAL, config.batch_size]
         name += ["rates", config.discount, config.target_update_rate, config.matmul_precision]
         label = partial(label_by_iql, keys, data, config)
         shape = (config.num_seeds, len(rewards))
