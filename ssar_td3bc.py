@@ -300,6 +300,14 @@ def over_seeds(one_seed, shared, *args, is_loop=False):
     return run(shared, *args)
 
 
+@jax.jit
+def broken_parts(state):
+    """Whether a number in it is not finite, of every part of a state: {part: bool [S]}."""
+    broken = lambda part: ~jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(part)]).all()
+    parts = state._replace(key=())._asdict()
+    return jax.vmap(lambda parts: {name: broken(part) for name, part in parts.items()})(parts)
+
+
 def use_devices(num_seeds):
     """Sets JAX's mesh to as many devices as share the seeds evenly; one device needs no mesh."""
     count = max(n for n in range(1, jax.local_device_count() + 1) if num_seeds % n == 0)
@@ -745,14 +753,6 @@ def updates_per_call(config):
 
 
 @jax.jit
-def broken_parts(state):
-    """Whether a number in it is not finite, of every part of the TrainState: {part: bool [S]}."""
-    broken = lambda part: ~jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(part)]).all()
-    parts = state._replace(key=())._asdict()
-    return jax.vmap(lambda parts: {name: broken(part) for name, part in parts.items()})(parts)
-
-
-@jax.jit
 def act(actor_params, observations):
     """The policy of every seed: parameters [S, ...], standardised [S, E, O] -> [S, E, A]."""
     return jax.vmap(actor)(actor_params, observations)
@@ -994,10 +994,10 @@ def main(config, workdir=None, resume=True):
     """
     started = time.perf_counter()
     config = ml_collections.FrozenConfigDict(config)
-    beside = os.path.expanduser(config.offline_checkpoint or "").rstrip("/")
-    workdir = (
-        workdir or beside and f"{beside}-online" or f"runs/ssar_td3bc/{config.task}/{config.seed}"
-    )
+    default = f"runs/ssar_td3bc/{config.task}/{config.seed}"
+    if config.offline_checkpoint:
+        default = os.path.expanduser(config.offline_checkpoint).rstrip("/") + "-online"
+    workdir = workdir or default
     check_config(config)
     check_workdir(workdir, config, resume)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)

@@ -426,7 +426,7 @@ def test_a_process_of_its_own_ends_alike(script, tmp_path):
 def test_names_of_folders_are_plain(commands):
     """A task is part of the run folder's path, and settings may come from a file."""
     path = os.path.join(commands.folder, "sly.py")
-    for task in ("../../x", "/tmp/x", "a/b", "..", ""):
+    for task in ("../../x", "/x", "a/b", "..", ""):
         with open(path, "w") as file:
             file.write(
                 "def get_config(task=None):\n    from toys import tiny_config\n"
