@@ -243,8 +243,10 @@ def _broken(path):
         now = _digests(path)
     except (OSError, ValueError) as error:
         return f"its {DIGESTS}: {getattr(error, 'strerror', None) or 'not readable'}"
-    if not isinstance(written, dict) or written.keys() - now.keys():
-        return "a file is missing"
+    if not isinstance(written, dict):
+        return f"its {DIGESTS}: not readable"
+    if missing := sorted(written.keys() - now.keys()):
+        return f"{missing[0]} is missing"
     changed = [name for name in written if written[name] != now[name]]
     return f"{changed[0]} is not as it was written" if changed else None
 

@@ -261,12 +261,12 @@ def stopped_run(data, workdir, **overrides):
 
 
 def damage(folder, how):
-    """Breaks every larger file of a checkpoint."""
+    """Breaks every larger file of orbax's in a checkpoint."""
     for parent, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(parent, name)
             size = os.path.getsize(path)
-            if size > 500:
+            if size > 500 and name != checkpoint.DIGESTS:
                 with open(path, "r+b") as file:
                     if how == "truncated":
                         file.truncate(size // 2)
@@ -295,6 +295,23 @@ def test_a_finished_runs_checkpoint_is_checked_too(whole, tmp_path):
     assert load_checkpoint(str(tmp_path / "run"))
     damage(tmp_path / "run" / "checkpoint", "flipped")
     with pytest.raises(ValueError, match="is not as it was written"):
+        load_checkpoint(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "broken, sentence",
+    [
+        (lambda text: text[:-1], "digests.json: not readable"),
+        (lambda text: "[]", "digests.json: not readable"),
+        (lambda text: text.replace("manifest.ocdbt", "manifest.ocdbu"), "ocdbu is missing"),
+        (lambda text: text.replace('": "', '": "0'), "is not as it was written"),
+    ],
+)
+def test_a_broken_list_of_digests_is_noticed(broken, sentence, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint" / checkpoint.DIGESTS
+    path.write_text(broken(path.read_text()))
+    with pytest.raises(ValueError, match=sentence):
         load_checkpoint(str(tmp_path / "run"))
 
 
