@@ -523,7 +523,8 @@ def label_by_iql(keys, data, config, folder=None):
             state, info, broke = wait_for(iql_interval(state, data, config, num_updates))
             check_labelling(done, num_updates, broke, broken_parts(state), config)
             done += num_updates
-            bar.set_postfix({name: f"{value.mean():.3g}" for name, value in info.items()})
+            means = {name: f"{value.mean():.3g}" for name, value in info.items()}
+            bar.set_postfix(means, refresh=False)
             bar.update(num_updates)
             if checkpoints.due():
                 checkpoints.save(done, state)
@@ -968,21 +969,28 @@ def pretrain(state, data, evaluate, log, config):
         train = lowered.compile()
     zeros = {name: np.zeros(x.shape, x.dtype) for name, x in lowered.out_info[1].items()}
     (state, totals), done = log.restore("offline", (state, zeros))
+    interval = config.eval_interval
+    first = max(-(-done // interval), 1) * interval  # saved at an interval's end, it is evaluated
     with progress(config.offline_steps, "offline", done=done) as bar:
-        for step in range(done + part, config.offline_steps + 1, part):
-            with log.training(part):
-                before = np.int32((step - part) % config.eval_interval)
-                state, info, broke = wait_for(train(state, data, before))
-            log.check_finite("offline", state.step, broke, broken_parts(state), data.reward)
-            totals = {name: totals[name] + np.asarray(x) for name, x in info.items()}
-            bar.update(part)
-            if step % config.eval_interval == 0:
-                info = {name: x * (part / config.eval_interval) for name, x in totals.items()}
-                info["n"] = state.threshold.n
-                log.interval("offline", step, evaluate(state.actor), info)
-                bar.set_postfix(log.headline())
-                totals = zeros
-            log.save((state, totals), "offline", step)
+        for end in range(first, config.offline_steps + 1, interval):
+            # --- learn ---
+            for step in range(done + part, end + 1, part):
+                with log.training(part):
+                    before = np.int32((step - part) % interval)
+                    state, info, broke = wait_for(train(state, data, before))
+                log.check_finite("offline", state.step, broke, broken_parts(state), data.reward)
+                totals = {name: totals[name] + np.asarray(x) for name, x in info.items()}
+                bar.update(part)
+                log.save((state, totals), "offline", step)
+
+            # --- evaluate ---
+            with log.saving_if_stopped((state, totals), "offline", end):
+                episodes = evaluate(state.actor)
+            info = {name: x * (part / interval) for name, x in totals.items()}
+            info["n"] = state.threshold.n
+            log.interval("offline", end, episodes, info)
+            bar.set_postfix(log.headline())
+            totals, done = zeros, end
     return state
 
 
@@ -1107,7 +1115,6 @@ def finetune(state, data, envs, evaluate, log, config):
     state: TrainState [S, ...], given up. data: offline_rows. envs: a Collector.
     Returns the state after `online_steps` steps, the first `warmup_steps` of them without update.
     """
-    is_new = not log.has("online")
     buffer = init_buffer(data, config)
     with log.compiling():
         choose, collect, learn, totals = compile_online(state, buffer, data, state.key, config)
@@ -1115,46 +1122,47 @@ def finetune(state, data, envs, evaluate, log, config):
     # Updates split the same keys: a tag that no split reaches keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     num_updates = int(state.step[0])
-    if is_new:
-        info = dict.fromkeys(totals) | {"n": state.threshold.n}
-        log.interval("online", 0, evaluate(state.actor), info)
-    obs, first, started = envs.reset(done), done, time.perf_counter()
+    interval = config.eval_interval
+    first = -(-done // interval) * interval  # 0 in a new run, which is evaluated before it learns
+    obs, started = envs.reset(done), time.perf_counter()
     with progress(config.online_steps, "online", "step", done=done) as bar:
-        for step in range(done + 1, config.online_steps + 1):
-            # --- act ---
-            action = np.asarray(choose(state.actor, obs, keys, np.int32(step)))
-            outcome = envs.step(action)
-            transition = Transition(
-                obs=obs,
-                action=action,
-                reward=modify_reward(outcome.reward, config),
-                next_obs=outcome.next_obs,
-                terminated=outcome.terminated,
-                trusted=np.ones_like(outcome.reward),
-            )
-            obs = outcome.obs
+        for end in range(first, config.online_steps + 1, interval):
+            for step in range(done + 1, end + 1):
+                # --- act ---
+                action = np.asarray(choose(state.actor, obs, keys, np.int32(step)))
+                outcome = envs.step(action)
+                transition = Transition(
+                    obs=obs,
+                    action=action,
+                    reward=modify_reward(outcome.reward, config),
+                    next_obs=outcome.next_obs,
+                    terminated=outcome.terminated,
+                    trusted=np.ones_like(outcome.reward),
+                )
+                obs = outcome.obs
 
-            # --- learn ---
-            buffer = collect(buffer, transition)
-            if step > config.warmup_steps:
-                num_updates += 1
-                state, totals = learn(num_updates, state, totals, buffer, data)
-            bar.update(1)
+                # --- learn ---
+                buffer = collect(buffer, transition)
+                if step > config.warmup_steps:
+                    num_updates += 1
+                    state, totals = learn(num_updates, state, totals, buffer, data)
+                bar.update(1)
+                log.save((state, buffer, totals), "online", step, envs)
 
             # --- evaluate ---
-            if step % config.eval_interval == 0:
-                sums = jax.device_get(totals)  # waits for the last update
-                log.collected(step, step - first, time.perf_counter() - started, envs)
-                broke = {name: update for name, (_, _, update) in sums.items()}
-                rewards = buffer.rows.reward
-                log.check_finite("online", state.step, broke, broken_parts(state), rewards)
-                info = {name: x / count if count else None for name, (x, count, _) in sums.items()}
-                info["n"] = state.threshold.n
-                log.interval("online", step, evaluate(state.actor), info)
-                bar.set_postfix(log.headline())
-                totals = zero_totals(totals)
-                first, started = step, time.perf_counter()
-            log.save((state, buffer, totals), "online", step, envs)
+            sums = jax.device_get(totals)  # waits for the last update
+            log.collected(end, end - done, time.perf_counter() - started, envs)
+            broke = {name: update for name, (_, _, update) in sums.items()}
+            rewards = buffer.rows.reward
+            log.check_finite("online", state.step, broke, broken_parts(state), rewards)
+            with log.saving_if_stopped((state, buffer, totals), "online", end, envs):
+                episodes = evaluate(state.actor)
+            info = {name: x / count if count else None for name, (x, count, _) in sums.items()}
+            info["n"] = state.threshold.n
+            log.interval("online", end, episodes, info)
+            bar.set_postfix(log.headline())
+            totals = zero_totals(totals)
+            done, started = end, time.perf_counter()
     return state
 
 
@@ -1233,7 +1241,7 @@ def main(config, workdir=None, resume=True):
     save = partial(save_checkpoint, log.workdir, normalizer, trusted, data_fingerprint)
 
     # --- offline, then online ---
-    if config.offline_steps and not (config.offline_checkpoint or log.has("online")):
+    if config.offline_steps and not (config.offline_checkpoint or log.was_in("online")):
         state = pretrain(state, data, evaluate, log, config)
         if config.online_steps:
             save("offline_checkpoint", state)

@@ -21,7 +21,7 @@ from common.checks import InputError, Unwritable
 from common.dataset import Normalizer
 from common.stopping import note_saved, stop, stop_is_due
 
-FORMAT = 2  # of what a run can go on from
+FORMAT = 3  # of what a run can go on from
 DIGESTS = "digests.json"  # beside orbax's files: what they hash to
 
 
@@ -91,22 +91,32 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.seconds, self.written = 60 * minutes, time.perf_counter()
 
-    def due(self, is_evaluated: bool = True) -> bool:
+    def due(self, is_interval: bool = True) -> bool:
         """Whether it is time to save: also when the run was told to stop.
 
-        is_evaluated: whether an evaluation has just been made, after which `minutes` may be 0.
+        is_interval: whether an interval has just ended: every one is saved if `minutes` are 0.
         """
         if not self.folder:
             return False
         is_time = time.perf_counter() - self.written >= self.seconds
-        return stop_is_due() or is_time and (is_evaluated or self.seconds > 0)
+        return stop_is_due() or is_time and (is_interval or self.seconds > 0)
 
-    def save(self, step: int, tree, **records) -> None:
+    def save(self, step: int, tree, **records) -> bool:
         """Writes a pytree of arrays, and what JSON can hold beside it; `step` is to grow.
 
-        Raises Stopped afterwards if the run was told to stop. Raises Unwritable.
+        Returns whether it was written: not if a number is not finite, for the last one that is
+        finite is to stay. Raises Stopped instead if the run was told to stop. Raises Unwritable.
         """
         flat = {path: _to_host(x) for path, x in _by_path(tree) if x.size}
+        is_finite = all(np.isfinite(x).all() for x in flat.values() if x.dtype.kind == "f")
+        if is_finite:
+            self._write(step, flat, records)
+        self.written = time.perf_counter()
+        if stop_is_due():
+            stop()
+        return is_finite
+
+    def _write(self, step, flat, records):
         records |= {"step": step, "format": FORMAT}
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(flat), records=ocp.args.JsonSave(records)
@@ -122,9 +132,6 @@ class Checkpoints:
             if self.is_needed:
                 raise
             self._do_without(error)
-        self.written = time.perf_counter()
-        if stop_is_due():
-            stop()
 
     def _do_without(self, error):
         tqdm.write(f"warning: no checkpoints are kept: {error.reason}", file=sys.stderr)

@@ -9,9 +9,12 @@ import shutil
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
+
+from common.stopping import note_saved
 
 CHUNK = 16_384  # rows worked on at once: what is computed needs no copy of a column
 
@@ -174,7 +177,7 @@ def cached_labels(cache_dir: str, name: list, shape: tuple, make) -> np.ndarray:
     `cache_dir` cannot be written.
     Of several processes that ask for the same labels, one makes them and the others wait.
     """
-    path = os.path.join(os.path.expanduser(cache_dir), "-".join(map(str, name)) + ".npy")
+    path = os.path.join(os.path.expanduser(cache_dir), "-".join(map(str, name)) + ".npz")
     if (labels := _load_labels(path, shape)) is not None:
         return labels
     try:  # before the work
@@ -189,11 +192,13 @@ def cached_labels(cache_dir: str, name: list, shape: tuple, make) -> np.ndarray:
             labels = make(f"{path}.unfinished")
             try:
                 with open(f"{path}.new", "wb") as file:
-                    np.save(file, labels)
+                    np.savez(file, trusted=labels)  # with a checksum, which np.save does not keep
                 os.replace(f"{path}.new", path)
             except OSError as error:  # they are there all the same
                 _warn(cache_dir, error)
-            shutil.rmtree(f"{path}.unfinished", ignore_errors=True)
+            else:
+                shutil.rmtree(f"{path}.unfinished", ignore_errors=True)
+                note_saved("the labels of D̂")
     return labels
 
 
@@ -216,8 +221,8 @@ def _wait_for(lock):
 def _load_labels(path, shape):
     """None where they are not, or broken: to be made again."""
     try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with np.load(path, allow_pickle=False) as file:
+            labels = file["trusted"]
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, BadZipFile):
         return None
-    is_ours = isinstance(labels, np.ndarray) and labels.dtype == bool and labels.shape == shape
-    return labels if is_ours else None
+    return labels if labels.dtype == bool and labels.shape == shape else None

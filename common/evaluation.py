@@ -17,6 +17,7 @@ from common.environments import (
     observation_keys,
     observation_width,
 )
+from common.stopping import stop, stop_is_due
 
 SEED_BLOCK = 100_000  # of every training seed: environments of two of them never share a seed
 
@@ -123,12 +124,17 @@ class Evaluator:
             print(f"observations of {dataset.env.id} are joined as {joined}", file=sys.stderr)
 
     def __call__(self, act, actor_params, normalizer) -> Episodes:
-        """Runs act(actor_params, [S, E, O]) -> [S, E, A] until every slot has had one episode."""
+        """Runs act(actor_params, [S, E, O]) -> [S, E, A] until every slot has had one episode.
+
+        Raises Stopped when the run is told to stop meanwhile.
+        """
         slots = len(self.reset_seeds)
         returns, lengths, success = np.zeros(slots), np.zeros(slots, int), np.full(slots, np.nan)
         running = np.ones(slots, bool)
         observations, _ = self.envs.reset(seed=self.reset_seeds)
         while running.any():
+            if stop_is_due():
+                stop()
             flat = flatten_observations(observations, self.keys)
             batch = normalizer(flat).reshape(*self.shape, -1)
             actions = np.asarray(act(actor_params, batch)).reshape(slots, -1)

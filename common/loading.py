@@ -32,7 +32,7 @@ from common.physics import d4rl_physics, is_known
 NEEDED = ("observations", "actions", "rewards", "terminals")
 FLAGS = ("terminals", "timeouts")
 ONE_A_ROW = ("rewards", *FLAGS)
-FLAT_FORMAT = 1  # of Minari's flat copies, to be raised when what is written changes
+FLAT_FORMAT = 2  # of Minari's flat copies, to be raised when what is written changes
 
 
 def load_dataset(
@@ -425,7 +425,7 @@ def _flat_columns(source, stored, keys, rows, cache_dir) -> dict[str, np.ndarray
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with h5py.File(unfinished, "w") as file:
             for key, column in columns.items():
-                file[key] = column
+                file.create_dataset(key, data=column, fletcher32=True)
         os.replace(unfinished, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ from common.dataset import Fingerprint
 from common.diagnosis import Diverged, first_broken, likely_cause, signatures
 from common.evaluation import Finished
 from common.plot import plot_run
-from common.stopping import note_saved
+from common.stopping import Stopped, note_saved
 
 # Names that the authors' code logs under, so that curves line up.
 TENSORBOARD_TAGS = {
@@ -40,9 +40,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnasium", "mujoco", "minari", "
 
 def progress(total: int, label: str, unit: str = "update", done: int = 0) -> tqdm:
     """A progress bar that counts gradient updates, or environment steps; `done` of them before."""
+    pause = 0.5 if sys.stderr.isatty() else 30.0  # seconds: a log file is to stay readable
     return tqdm(
         total=total, desc=label, unit=unit, initial=done, unit_scale=True, dynamic_ncols=True,
-        mininterval=0.5,
+        mininterval=pause, maxinterval=max(pause, 10.0),
     )  # fmt: skip
 
 
@@ -181,9 +182,9 @@ class RunLog:
         note_saved("{} step {}".format(*self.saved))
         print("goes on in {} after {} step {}".format(self.workdir, *self.saved), flush=True)
 
-    def has(self, phase) -> bool:
-        """Whether an evaluation of this phase has been made: by an unfinished run, at the start."""
-        return any(past["phase"] == phase for past in self.history)
+    def was_in(self, phase) -> bool:
+        """Whether this phase is where the unfinished run saved last."""
+        return bool(self.saved) and self.saved[0] == phase
 
     def restore(self, phase, tree):
         """`tree` and the step where the unfinished run last saved it, if that was in this phase.
@@ -205,14 +206,15 @@ class RunLog:
     def save(self, tree, phase, step, envs=None) -> None:
         """Every `checkpoint_minutes`, and when told to stop: what the run can go on from.
 
-        step: updates offline, environment steps online. envs: a Collector.
+        step: updates offline, environment steps online; an evaluation that is due at it comes
+        after. envs: a Collector.
         """
-        is_evaluated = step % self.config.eval_interval == 0
-        if not self.checkpoints.due(is_evaluated):
+        is_interval = step % self.config.eval_interval == 0
+        if not self.checkpoints.due(is_interval):
             return
         if envs:
             self._add_episodes(envs.take_finished())
-        self.checkpoints.save(
+        is_saved = self.checkpoints.save(
             step,
             tree,
             phase=phase,
@@ -228,7 +230,17 @@ class RunLog:
             compile_seconds=self.compile_seconds,
             seconds=self.seconds_before + time.perf_counter() - self.started,
         )
-        self.saved = phase, step
+        if is_saved:
+            self.saved = phase, step
+
+    @contextlib.contextmanager
+    def saving_if_stopped(self, *unfinished):
+        """Saves what `save` takes when the run is told to stop inside, as long as that may take."""
+        try:
+            yield
+        except Stopped:
+            self.save(*unfinished)
+            raise
 
     @writes
     def check_finite(self, phase, updates, broke, parts, rewards) -> None:
@@ -255,7 +267,7 @@ class RunLog:
             unit = "update" if phase == "offline" else "environment step"
             kept = f"the last finite checkpoint, of {phase} {unit} {step}, stays in {where}"
         elif self.config.checkpoint_minutes:
-            kept += ", with --config.checkpoint_minutes=0 one is at every evaluation"
+            kept += ", with --config.checkpoint_minutes=0 one is before every evaluation"
         others = f" (with {', '.join(names[1:4])})" if names[1:] else ""
         at = f"at update {update} ({phase}) of seed {self.seeds[i]}"
         message = f"diverged: {names[0]}{others} is not finite {at}: {cause}; {kept}"
@@ -289,7 +301,8 @@ class RunLog:
     def collected(self, step, steps, seconds, envs):
         """Adds the `steps` that end at environment step `step`: their time, and what has ended."""
         updates = min(steps, max(step - self.config.warmup_steps, 0))
-        if updates == steps or step == self.config.online_steps:  # others are half a warm-up
+        is_half_warm_up = updates < steps and step < self.config.online_steps
+        if steps and not is_half_warm_up:
             rates = (updates / seconds, steps / seconds * len(self.seeds), envs.seconds / seconds)
             self.online_speeds.append(rates)
         envs.seconds = 0.0

@@ -59,7 +59,7 @@ def defaults():
     c.eval_interval = 5_000  # updates offline, environment steps online
     c.eval_episodes = 10
     c.cache_dir = "~/.cache/ssar-jax"  # IQL labels, copies of Minari data, compiled programs
-    c.checkpoint_minutes = 1.0  # from one to the next; 0: at every evaluation
+    c.checkpoint_minutes = 1.0  # from one to the next; 0: before every evaluation
 
     # CQL
     c.matmul_precision = "float32"  # or bfloat16: operands of all products but β_φ's

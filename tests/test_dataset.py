@@ -411,13 +411,18 @@ def test_labels_are_cached_and_a_broken_file_is_made_again(tmp_path):
         labels = cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], (2,), make)
         np.testing.assert_array_equal(labels, [True, False])
     assert len(calls) == 1
-    (file,) = (tmp_path / "new").glob("*.npy")
-    file.write_bytes(file.read_bytes()[:-1])
-    np.testing.assert_array_equal(
-        cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], (2,), make), [True, False]
-    )
+    (file,) = (tmp_path / "new").glob("*.npz")
+    written = file.read_bytes()
+    at = written.index(b"\x01\x00", written.index(b"\n"))  # the labels, after NumPy's header
+    flipped = written[:at] + b"\x00" + written[at + 1 :]
+    for broken in (written[:-1], written[:50], b"", flipped):
+        file.write_bytes(broken)
+        np.testing.assert_array_equal(
+            cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], (2,), make), [True, False]
+        )
+    assert len(calls) == 5
     cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.5], (2,), make)
-    assert len(calls) == 3
+    assert len(calls) == 6
     fail = mock.Mock(side_effect=RuntimeError)
     with pytest.raises(RuntimeError):
         cached_labels(str(tmp_path / "new"), ["other"], (2,), fail)
@@ -437,10 +442,10 @@ def test_labels_that_cannot_be_kept_are_announced_before_the_work(tmp_path, caps
 
 
 def test_labels_without_room_are_used_all_the_same(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(np, "save", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(np, "savez", mock.Mock(side_effect=OSError(28, "No space left on device")))
     assert cached_labels(str(tmp_path), ["abc"], (1,), lambda folder: np.array([True]))
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
-    assert not os.path.exists(tmp_path / "abc.npy")
+    assert not os.path.exists(tmp_path / "abc.npz")
 
 
 # ----------------------------------------------------------------------- Minari
@@ -664,13 +669,19 @@ def test_minari_episodes_are_kept_flat(tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(first.episode_ends, second.episode_ends)
     load_dataset(name, keys=("clock",), **cache)
     assert joined.call_count == 2
-    for flat in (tmp_path / "cache" / "minari").iterdir():
-        flat.write_bytes(flat.read_bytes()[:100])
-    load_dataset(name, **cache)  # damaged: made again
-    assert joined.call_count == 3
+    number = first.observations[1].tobytes()  # no zeros, which the file holds elsewhere too
+    for damaged in (
+        lambda copy: copy[:100],
+        lambda copy: copy.replace(number, b"?" * len(number)),
+    ):
+        for flat in (tmp_path / "cache" / "minari").iterdir():
+            flat.write_bytes(damaged(flat.read_bytes()))
+        again = load_dataset(name, **cache)  # made again
+        np.testing.assert_array_equal(again.observations, first.observations)
+    assert joined.call_count == 4
     shutil.rmtree(os.path.join(os.environ["MINARI_DATASETS_PATH"], name))
     longer = load_dataset(record_goals(name, episodes=6), **cache)
-    assert joined.call_count == 4
+    assert joined.call_count == 5
     assert len(longer.returns) == 6
     (tmp_path / "file").write_text("")
     load_dataset(name, cache_dir=str(tmp_path / "file"))

@@ -87,7 +87,7 @@ def test_online_runs_and_labelling_stop_too(data, tmp_path):
     config = tiny_config(data, selection="iql", reward_scale=1e29, cache_dir=str(tmp_path))
     with pytest.raises(Diverged, match="iql_critic_loss is not finite at update 1 of the IQL"):
         ssar.main(config, str(tmp_path / "iql"))
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".npy")]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".npz")]
 
 
 def test_an_environment_that_gives_nan_is_named(tmp_path, monkeypatch):

@@ -165,20 +165,19 @@ def test_sigkill_online_loses_no_row_and_doubles_none(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moment",
+    ("moment", "done"),
     [
-        (Evaluator, "__call__", 2),  # the interval is trained, its evaluation under way
-        (ssar.RunLog, "_add_rows", 2),  # evaluated, but not in scores.csv
-        (ssar.RunLog, "save", 2),  # in scores.csv, but not in a checkpoint
-        (ssar.RunLog, "finish", 1),  # all done but the results
+        ((ssar.RunLog, "save", 2), 20),  # the interval is trained, but not in a checkpoint
+        ((Evaluator, "__call__", 2), 40),  # it is, its evaluation under way
+        ((ssar.RunLog, "_add_rows", 2), 40),  # evaluated, but not in scores.csv
+        ((ssar.RunLog, "finish", 1), 60),  # all done but the results
     ],
-    ids=["evaluation", "scores", "checkpoint", "results"],
+    ids=["checkpoint", "evaluation", "scores", "results"],
 )
-def test_a_run_goes_on_from_its_last_checkpoint(moment, data, whole, tmp_path, capsys):
+def test_a_run_goes_on_from_its_last_checkpoint(moment, done, data, whole, tmp_path, capsys):
     workdir = str(tmp_path / "run")
     start_and_kill(config_of(data), workdir, *moment)
     assert not os.path.exists(os.path.join(workdir, "results.json"))
-    done = 60 if moment[1] == "finish" else 20
     ssar.main(config_of(data), workdir)
     assert f"goes on in {workdir} after offline step {done}" in capsys.readouterr().out
     assert_same(whole, workdir)
@@ -254,9 +253,9 @@ def test_online_the_buffer_and_the_steps_go_on(data, tmp_path, monkeypatch):
 
 
 def stopped_run(data, workdir, **overrides):
-    """One with two checkpoints, killed before the third evaluation; its settings."""
+    """One with two checkpoints and evaluations, killed in the third interval; its settings."""
     config = config_of(data, **overrides)
-    start_and_kill(config, workdir, Evaluator, "__call__", 3)
+    start_and_kill(config, workdir, ssar, "broken_parts", 3)
     return config
 
 
@@ -345,7 +344,7 @@ def test_another_run_in_the_folder_is_refused_and_kept(data, tmp_path):
         ssar.main(config_of(data, discount=0.5), workdir)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-        with pytest.raises(InputError, match="run is of another version .its format is 2, not 3"):
+        with pytest.raises(InputError, match="run is of another version .its format is 3, not 4"):
             ssar.main(config_of(data, discount=0.5), workdir)
     assert read(workdir, "scores.csv") == before
     ssar.main(config_of(data, seed=3), workdir, resume=False)
@@ -473,7 +472,7 @@ def largest_file(size):
     [
         (500, 0.0, 0),  # config.json is longer
         (4_000, 60.0, 1),  # scores.csv, or tensorboard's file, at some evaluation
-        (100_000, 0.0, 1),  # the first checkpoint
+        (100_000, 0.0, 0),  # the first checkpoint
         (100_000, 60.0, 3),  # the trained state
     ],
 )
@@ -525,6 +524,15 @@ def test_labelling_does_without_checkpoints_where_there_is_no_room(tmp_path, cap
         pytest.raises(InputError, match="cannot be written .File too large.: "),
     ):
         needed.save(1, {"a": np.zeros(3)})
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    kept = Checkpoints(str(tmp_path / "kept"), 0.0)
+    assert kept.save(1, {"a": np.zeros(3), "n": np.int32(1)})
+    for bad in (np.nan, np.inf):
+        assert not kept.save(2, {"a": np.array([0.0, bad]), "n": np.int32(2)})
+    (arrays, records) = kept.load()
+    assert records["step"] == arrays["n"] == 1
 
 
 def test_programs_are_not_kept_where_there_is_no_folder(tmp_path, capsys, monkeypatch):
@@ -613,7 +621,7 @@ def test_a_second_signal_ends_it_at_once_and_other_handlers_stay(signals):
 
 
 def test_told_to_stop_within_an_interval_it_is_saved_there(data, tmp_path, monkeypatch, signals):
-    """Offline after 12 of 60 updates, online after 47 of 60 steps; only that kept them."""
+    """Within intervals and within evaluations; nothing else kept what there was."""
     monkeypatch.setattr(ssar, "UPDATES_PER_CALL", 120)  # six at a time
     settings = {"eval_interval": 60, "online_steps": 120, "checkpoint_minutes": 60.0}
     config = config_of(data, buffer_init="half", **settings)
@@ -621,16 +629,19 @@ def test_told_to_stop_within_an_interval_it_is_saved_there(data, tmp_path, monke
     workdir = str(tmp_path / "run")
     for owner, name, call, phase, step in (
         (ssar, "broken_parts", 2, "offline", 12),
+        (Evaluator, "__call__", 1, "offline", 60),
+        (Evaluator, "__call__", 2, "online", 0),  # the first is the one just left
         (Collector, "step", 47, "online", 47),
+        (Evaluator, "__call__", 1, "online", 60),
     ):
         with pytest.MonkeyPatch.context() as patch:
             work, calls = getattr(owner, name), []
 
-            def told(*args, work=work, calls=calls, call=call):
+            def told(*args, work=work, calls=calls, call=call, **more):
                 calls.append(1)
                 if len(calls) == call:
                     stopping._caught.append(signal.SIGTERM)
-                return work(*args)
+                return work(*args, **more)
 
             patch.setattr(owner, name, told)
             with contextlib.suppress(stopping.Stopped):
@@ -645,7 +656,7 @@ def test_told_to_stop_within_an_interval_it_is_saved_there(data, tmp_path, monke
         episodes = [row for row in rows_of(workdir, "episodes.csv") if row["seed"] == seed]
         ends = [int(row["step"]) for row in episodes]
         starts = [end - int(row["length"]) for end, row in zip(ends, episodes, strict=True)]
-        assert all(a == b or b == 47 for a, b in zip([0, *ends], starts, strict=False))
+        assert all(a == b or b in (47, 60) for a, b in zip([0, *ends], starts, strict=False))
     state = load_checkpoint(workdir)["state"]
     np.testing.assert_array_equal(state["step"], 60 + 120 - config.warmup_steps)
 
