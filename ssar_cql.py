@@ -889,29 +889,28 @@ def update_coefficient_and_targets(state, batch, beta, regularised, config, onli
 # --------------------------------------------------------------------------- training and acting
 
 
-UPDATES_PER_CALL = 500  # about; a tenth on a CPU
+def update_keys(key, step):
+    """Keys of the rows and of the noise of a seed's update `step`, however updates are divided."""
+    index_key, noise_key = jax.random.split(jax.random.fold_in(key, step))
+    return index_key, noise_key
 
 
 @partial(jax.jit, static_argnames=("config", "num_updates"), donate_argnames="state")
-def train_interval(state, data, config, start=0, num_updates=None):
-    """`num_updates` of an interval's updates of every seed as one scan, sampling and all.
+def train_interval(state, data, config, num_updates=None):
+    """`num_updates`, by default an interval's, of every seed as one scan, sampling and all.
 
     state: TrainState [S, ...], donated. data: Transition [N, ...], its `trusted` [S, N].
-    start: updates of the interval that came before, [] i32; by default all of it is done at once.
     Returns the state; the mean of every metric, [S] each; and of every metric the first update at
     which it was not finite, [S] i32, 0 for none.
     """
     num_updates = num_updates or config.eval_interval
 
-    def one_seed(shared, state, trusted):
-        data, start = shared
+    def one_seed(data, state, trusted):
         rows_of_seed = data._replace(trusted=trusted)
-        # The interval's draws hang on the key at its start alone, however it is divided.
-        key, index_key, noise_key = jax.random.split(state.key, 3)
-        shape = (config.eval_interval,)
-        indices = jax.random.randint(index_key, (*shape, config.batch_size), 0, len(data.reward))
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=num_updates)
-        draws = (cut(indices), cut(jax.random.split(noise_key, shape)))
+        steps = state.step + 1 + jnp.arange(num_updates)
+        index_keys, noise_keys = jax.vmap(partial(update_keys, state.key))(steps)
+        sample = lambda key: jax.random.randint(key, (config.batch_size,), 0, len(data.reward))
+        draws = (jax.vmap(sample)(index_keys), noise_keys)
 
         names = []  # metrics leave the loop as one vector, which costs one kernel
 
@@ -924,11 +923,8 @@ def train_interval(state, data, config, start=0, num_updates=None):
             return state, jnp.stack([*info.values()])
 
         state, infos = jax.lax.scan(body, state, draws)
-        is_over = start + num_updates == config.eval_interval
-        state = state._replace(key=jnp.where(is_over, key, state.key))
-        at = state.step - num_updates + 1 + jnp.arange(num_updates)[:, None]  # rows as in infos
         never = np.iinfo(np.int32).max
-        at = jnp.where(jnp.isfinite(infos), never, at)
+        at = jnp.where(jnp.isfinite(infos), never, steps[:, None])
         means, broke = {}, {}
         for i, name in enumerate(names):
             means[name] = infos[:, i].mean()
@@ -936,8 +932,11 @@ def train_interval(state, data, config, start=0, num_updates=None):
             broke[name] = jnp.where(first == never, 0, first)
         return state, means, broke
 
-    shared = (data._replace(trusted=None), jnp.int32(start))
-    return over_seeds(one_seed, shared, state, data.trusted, is_loop=True)
+    unlabelled = data._replace(trusted=None)
+    return over_seeds(one_seed, unlabelled, state, data.trusted, is_loop=True)
+
+
+UPDATES_PER_CALL = 500  # about; a tenth on a CPU
 
 
 def updates_per_call(config):
@@ -965,7 +964,7 @@ def pretrain(state, data, evaluate, log, config):
     """Offline: compiled calls, an evaluation after each interval. state [S, ...], given up."""
     part = updates_per_call(config)
     with log.compiling():
-        lowered = train_interval.lower(state, data, config, np.int32(0), num_updates=part)
+        lowered = train_interval.lower(state, data, config, num_updates=part)
         train = lowered.compile()
     zeros = {name: np.zeros(x.shape, x.dtype) for name, x in lowered.out_info[1].items()}
     (state, totals), done = log.restore("offline", (state, zeros))
@@ -976,8 +975,7 @@ def pretrain(state, data, evaluate, log, config):
             # --- learn ---
             for step in range(done + part, end + 1, part):
                 with log.training(part):
-                    before = np.int32((step - part) % interval)
-                    state, info, broke = wait_for(train(state, data, before))
+                    state, info, broke = wait_for(train(state, data))
                 log.check_finite("offline", state.step, broke, broken_parts(state), data.reward)
                 totals = {name: totals[name] + np.asarray(x) for name, x in info.items()}
                 bar.update(part)
@@ -1071,11 +1069,11 @@ def online_step(state, totals, buffer, data, config):
 
     def one_seed(shared, state, stored, trusted):
         data, added = shared
-        key, index_key, noise_key = jax.random.split(state.key, 3)
+        index_key, noise_key = update_keys(state.key, state.step + 1)
         rows_of_seed = data._replace(trusted=trusted)
         batch = sample_batch(index_key, rows_of_seed, stored, added, config)
         noise = sample_noise(noise_key, batch, config)
-        return update_step(state._replace(key=key), batch, noise, config, online=True)
+        return update_step(state, batch, noise, config, online=True)
 
     shared = (data._replace(trusted=None), buffer.added)
     state, info = over_seeds(one_seed, shared, state, buffer.rows, data.trusted)
@@ -1119,7 +1117,7 @@ def finetune(state, data, envs, evaluate, log, config):
     with log.compiling():
         choose, collect, learn, totals = compile_online(state, buffer, data, state.key, config)
     (state, buffer, totals), done = log.restore("online", (state, buffer, totals))
-    # Updates split the same keys: a tag that no split reaches keeps the two apart.
+    # Updates fold their number into the same keys: one that they never reach keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     num_updates = int(state.step[0])
     interval = config.eval_interval

@@ -53,7 +53,7 @@ def test_the_likely_cause_follows_the_evidence(overrides, evidence, words):
 def test_a_run_that_diverges_keeps_what_it_had(data, tmp_path):
     """The poisoned row is met after some intervals; all before it is as it would have been."""
     columns = toy_columns()
-    columns["rewards"][103] = 1e30  # first drawn in update 42
+    columns["rewards"][88] = 1e30  # first drawn in update 42
     poisoned = write_hdf5(tmp_path / "poisoned.hdf5", **columns)
     workdir = str(tmp_path / "run")
     config = config_of(poisoned, selection="none", batch_size=4)

@@ -319,14 +319,11 @@ def test_scan_equals_a_python_loop(config):
     data = toy_batch(rows=200)
     trusted = data.trusted[None]
     state = one(states(config, [3]))
-    key, index_key, noise_key = jax.random.split(state.key, 3)  # as train_interval draws
-    shape = (config.eval_interval, config.batch_size)
-    indices = jax.random.randint(index_key, shape, 0, 200)
-    noise_keys = jax.random.split(noise_key, config.eval_interval)
-    update, infos = jitted_update(config), []
-    state = state._replace(key=key)
-    for rows, noise_key in zip(indices, noise_keys, strict=True):
-        batch = ssar.take(data, rows)
+    update, infos, indices = jitted_update(config), [], []
+    for i in range(1, config.eval_interval + 1):
+        index_key, noise_key = ssar.update_keys(state.key, i)
+        indices.append(jax.random.randint(index_key, (config.batch_size,), 0, 200))
+        batch = ssar.take(data, indices[-1])
         state, info = update(state, batch, ssar.sample_noise(noise_key, batch, config))
         infos.append(info)
     scanned, means, broke = ssar.train_interval(
@@ -341,9 +338,9 @@ def test_scan_equals_a_python_loop(config):
         np.testing.assert_allclose(mean[0], loop, rtol=1e-3, atol=1e-5, err_msg=name)
     # In parts it computes the same.
     size, in_parts, totals = 4, states(config, [3]), dict.fromkeys(means, 0)
-    for start in range(0, config.eval_interval, size):
+    for _ in range(0, config.eval_interval, size):
         in_parts, info, _ = ssar.train_interval(
-            in_parts, data._replace(trusted=trusted), config, start, num_updates=size
+            in_parts, data._replace(trusted=trusted), config, num_updates=size
         )
         totals = {name: totals[name] + x for name, x in info.items()}
     for a, b in zip(arrays(in_parts), arrays(scanned), strict=True):

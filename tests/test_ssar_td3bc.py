@@ -31,19 +31,14 @@ def test_scan_equals_a_python_loop(config):
     data = toy_batch(rows=200)._replace(trusted=None)
     trusted = toy_batch(rows=200).trusted[None]
     state = one(toy_states(config, [3]))
-    # the same draws as train_interval makes
-    key, index_key, noise_key = jax.random.split(state.key, 3)
-    shape = (config.eval_interval // config.policy_freq, config.policy_freq)
-    indices = jax.random.randint(index_key, (*shape, config.batch_size), 0, 200)
-    noise_keys = jax.random.split(noise_key, shape)
-    update, infos = jitted_update(config), []
-    state = state._replace(key=key)
-    for t in range(shape[0]):
-        for i in range(shape[1]):
-            batch = ssar.take(data._replace(trusted=trusted[0]), indices[t, i])
-            noise = ssar.sample_noise(noise_keys[t, i], batch, config)
-            state, info = update(state, batch, noise)  # the counter decides about the actor
-            infos.append(info)
+    update, infos, indices = jitted_update(config), [], []
+    for i in range(1, config.eval_interval + 1):
+        index_key, noise_key = ssar.update_keys(state.key, i)
+        indices.append(jax.random.randint(index_key, (config.batch_size,), 0, 200))
+        batch = ssar.take(data._replace(trusted=trusted[0]), indices[-1])
+        noise = ssar.sample_noise(noise_key, batch, config)
+        state, info = update(state, batch, noise)  # the counter decides about the actor
+        infos.append(info)
 
     scanned, means, broke = ssar.train_interval(
         toy_states(config, [3]), data._replace(trusted=trusted), config
@@ -62,9 +57,9 @@ def test_scan_equals_a_python_loop(config):
         toy_states(config, [3]),
         dict.fromkeys(means, 0),
     )
-    for start in range(0, config.eval_interval, size):
+    for _ in range(0, config.eval_interval, size):
         in_parts, info, _ = ssar.train_interval(
-            in_parts, data._replace(trusted=trusted), config, start, num_updates=size
+            in_parts, data._replace(trusted=trusted), config, num_updates=size
         )
         totals = {name: totals[name] + x for name, x in info.items()}
     for a, b in zip(arrays(in_parts), arrays(scanned), strict=True):
