@@ -183,7 +183,7 @@ def cached_labels(cache_dir: str, name: list, shape: tuple, make) -> np.ndarray:
     try:  # before the work
         os.makedirs(os.path.dirname(path), exist_ok=True)
         lock = open(f"{path}.lock", "w")  # stays, as another process may wait for it
-        _wait_for(lock)
+        wait_for(lock, "makes these labels")
     except OSError as error:
         _warn(cache_dir, error)
         return make(None)
@@ -210,11 +210,12 @@ def _warn(cache_dir, error):
     )
 
 
-def _wait_for(lock):
+def wait_for(lock, does: str) -> None:
+    """Locks an open file; says so when there is another process to wait for, and what that does."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"waits for the process that makes these labels ({lock.name})", file=sys.stderr)
+        print(f"waits for the process that {does} ({lock.name})", file=sys.stderr, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 

@@ -6,8 +6,8 @@ where the fingertip is within 5 cm of the target, which ends the episode, and el
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
 import tempfile
 
 import gymnasium
@@ -16,6 +16,7 @@ import numpy as np
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.checks import InputError
+from common.dataset import wait_for
 
 EPISODES = 600
 SIZE = 2**24  # bytes that recording takes, at most
@@ -91,13 +92,32 @@ def _check_room(folder):
 
 
 def demo_dataset_id(name: str) -> str:
-    """A demo's Minari id; on first use, records it into the local root (MINARI_DATASETS_PATH)."""
-    dataset_id, env_id, (low, high) = DEMOS[name]
-    with contextlib.suppress(FileNotFoundError):
-        minari.load_dataset(dataset_id)
-        return dataset_id
-    _check_room(get_dataset_path())
-    rng = np.random.default_rng(0)
+    """A demo's Minari id; on first use, records it into the local root (MINARI_DATASETS_PATH).
+
+    Of several processes that want it, one records it and the others wait. Raises InputError when
+    there is no room.
+    """
+    dataset_id, root = DEMOS[name][0], get_dataset_path()
+    if not _is_whole(dataset_id):
+        _check_room(root)
+        with open(os.path.join(root, ".ssar-jax.lock"), "w") as lock:
+            wait_for(lock, "records the demo")
+            if not _is_whole(dataset_id):
+                shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)  # of one killed
+                _record(*DEMOS[name])
+    return dataset_id
+
+
+def _is_whole(dataset_id):
+    try:
+        stored = minari.load_dataset(dataset_id)
+    except Exception:  # whatever Minari makes of what a killed process has left
+        return False
+    return os.path.exists(os.path.join(stored.storage.data_path, "main_data.hdf5"))
+
+
+def _record(dataset_id, env_id, reference):
+    rng, (low, high) = np.random.default_rng(0), reference
     env = minari.DataCollector(gymnasium.make(env_id), record_infos=False)
     skills = rng.choice(len(SKILLS), size=EPISODES, p=[share for share, *_ in SKILLS])
     for skill in skills:
@@ -114,4 +134,3 @@ def demo_dataset_id(name: str) -> str:
         ref_max_score=high,
     )
     env.close()
-    return dataset_id

@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 import gymnasium
@@ -18,7 +21,7 @@ from toys import frozen, toy_columns, write_hdf5
 
 import ssar_cql
 import ssar_td3bc as ssar
-from common import loading
+from common import demo, loading
 from common.checks import InputError
 from common.d4rl import reference_of
 from common.dataset import (
@@ -718,6 +721,33 @@ def test_scores_are_on_d4rls_scale_where_minari_has_references():
     raw = load_dataset(record_goals("ssar-test/raw-v0"))
     assert raw.reference is None
     assert raw.score(-15.0) == -15.0
+
+
+def test_several_that_want_the_demo_record_it_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(demo, "EPISODES", 3)
+    record = mock.Mock(side_effect=demo._record)
+    monkeypatch.setattr(demo, "_record", record)
+    all_miss_it = threading.Barrier(3)
+    monkeypatch.setattr(demo, "_check_room", lambda _: all_miss_it.wait(60))
+    with ThreadPoolExecutor(3) as pool:
+        ids = list(pool.map(demo.demo_dataset_id, ["demo"] * 3))
+    assert len(set(ids)) == 1 and record.call_count == 1
+    assert capsys.readouterr().err.count("waits for the process that records the demo") == 2
+    assert minari.load_dataset(ids[0]).total_episodes == 3
+    assert list(minari.list_local_datasets()) == [ids[0]]
+
+
+@pytest.mark.parametrize("missing", [["metadata.json"], ["main_data.hdf5"], None])
+def test_a_demo_whose_recording_was_killed_is_recorded_again(missing, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(demo, "EPISODES", 3)
+    folder = Path(minari.load_dataset(demo.demo_dataset_id("demo")).storage.data_path)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in missing or whole:
+        (folder / name).unlink()
+    demo.demo_dataset_id("demo")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
 def test_the_sparse_demo_rewards_success_alone():
