@@ -63,6 +63,7 @@ every row stored online is trusted; evaluation has environments of its own.
         --config.online_steps=250000
 """
 
+import math
 import os
 import time
 from functools import partial
@@ -939,17 +940,18 @@ def train_interval(state, data, config, num_updates=None):
 UPDATES_PER_CALL = 500  # about; a tenth on a CPU
 
 
-def updates_per_call(config):
+def updates_per_call(config, done):
     """Updates in one compiled call: an interval, or a part of it that a CPU does in seconds.
 
     Between two calls a run may be saved and stopped. What it computes does not hang on this.
+    done: updates behind a run that is gone on with, perhaps on another device than before.
     """
     most = UPDATES_PER_CALL
     if jax.default_backend() == "cpu":
         most = most / (10 * config.num_seeds)  # they train in turns
     together = config.get("policy_freq", 1)
     sizes = range(together, config.eval_interval + 1, together)
-    sizes = [size for size in sizes if config.eval_interval % size == 0]
+    sizes = [size for size in sizes if config.eval_interval % size == done % size == 0]
     return min(sizes, key=lambda size: abs(np.log(size / most)))
 
 
@@ -962,30 +964,30 @@ def act(actor_params, observations):
 
 def pretrain(state, data, evaluate, log, config):
     """Offline: compiled calls, an evaluation after each interval. state [S, ...], given up."""
-    part = updates_per_call(config)
+    interval, done = config.eval_interval, log.done("offline")
+    part = updates_per_call(config, done)
     with log.compiling():
         lowered = train_interval.lower(state, data, config, num_updates=part)
         train = lowered.compile()
     zeros = {name: np.zeros(x.shape, x.dtype) for name, x in lowered.out_info[1].items()}
-    (state, totals), done = log.restore("offline", (state, zeros))
-    interval = config.eval_interval
-    first = max(-(-done // interval), 1) * interval  # saved at an interval's end, it is evaluated
+    state, totals = log.restore("offline", (state, zeros))
+    first = max(math.ceil(done / interval), 1) * interval  # saved at its end, it is evaluated there
     with progress(config.offline_steps, "offline", done=done) as bar:
         for end in range(first, config.offline_steps + 1, interval):
             # --- learn ---
             for step in range(done + part, end + 1, part):
                 with log.training(part):
-                    state, info, broke = wait_for(train(state, data))
+                    state, means, broke = wait_for(train(state, data))
                 log.check_finite("offline", state.step, broke, broken_parts(state), data.reward)
-                totals = {name: totals[name] + np.asarray(x) for name, x in info.items()}
+                totals = {name: totals[name] + part * np.asarray(x) for name, x in means.items()}
                 bar.update(part)
-                log.save((state, totals), "offline", step)
+                if log.is_due(step):
+                    log.save((state, totals), "offline", step)
 
             # --- evaluate ---
-            with log.saving_if_stopped((state, totals), "offline", end):
+            with log.evaluating(bar, (state, totals), "offline", end):
                 episodes = evaluate(state.actor)
-            info = {name: x * (part / interval) for name, x in totals.items()}
-            info["n"] = state.threshold.n
+            info = {name: x / interval for name, x in totals.items()} | {"n": state.threshold.n}
             log.interval("offline", end, episodes, info)
             bar.set_postfix(log.headline())
             totals, done = zeros, end
@@ -1113,21 +1115,31 @@ def finetune(state, data, envs, evaluate, log, config):
     state: TrainState [S, ...], given up. data: offline_rows. envs: a Collector.
     Returns the state after `online_steps` steps, the first `warmup_steps` of them without update.
     """
+    interval, done = config.eval_interval, log.done("online")
     buffer = init_buffer(data, config)
     with log.compiling():
         choose, collect, learn, totals = compile_online(state, buffer, data, state.key, config)
-    (state, buffer, totals), done = log.restore("online", (state, buffer, totals))
+    state, buffer, totals = log.restore("online", (state, buffer, totals))
     # Updates fold their number into the same keys: one that they never reach keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
+
+    def check():
+        """Sums of the metrics so far. Raises Diverged if something is not finite."""
+        sums = jax.device_get(totals)  # waits for the last update
+        broke = {name: update for name, (_, _, update) in sums.items()}
+        log.check_finite("online", state.step, broke, broken_parts(state), buffer.rows.reward)
+        return sums
+
     num_updates = int(state.step[0])
-    interval = config.eval_interval
-    first = -(-done // interval) * interval  # 0 in a new run, which is evaluated before it learns
+    first = math.ceil(done / interval) * interval  # 0 in a new run: evaluated before it learns
     obs, started = envs.reset(done), time.perf_counter()
     with progress(config.online_steps, "online", "step", done=done) as bar:
         for end in range(first, config.online_steps + 1, interval):
             for step in range(done + 1, end + 1):
                 # --- act ---
                 action = np.asarray(choose(state.actor, obs, keys, np.int32(step)))
+                if not np.isfinite(action).all():
+                    check()
                 outcome = envs.step(action)
                 transition = Transition(
                     obs=obs,
@@ -1145,15 +1157,14 @@ def finetune(state, data, envs, evaluate, log, config):
                     num_updates += 1
                     state, totals = learn(num_updates, state, totals, buffer, data)
                 bar.update(1)
-                log.save((state, buffer, totals), "online", step, envs)
+                if log.is_due(step):
+                    check()
+                    log.save((state, buffer, totals), "online", step, envs)
 
             # --- evaluate ---
-            sums = jax.device_get(totals)  # waits for the last update
+            sums = check()
             log.collected(end, end - done, time.perf_counter() - started, envs)
-            broke = {name: update for name, (_, _, update) in sums.items()}
-            rewards = buffer.rows.reward
-            log.check_finite("online", state.step, broke, broken_parts(state), rewards)
-            with log.saving_if_stopped((state, buffer, totals), "online", end, envs):
+            with log.evaluating(bar, (state, buffer, totals), "online", end, envs):
                 episodes = evaluate(state.actor)
             info = {name: x / count if count else None for name, (x, count, _) in sums.items()}
             info["n"] = state.threshold.n

@@ -17,9 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from common.checks import InputError, Unwritable
+from common.checks import NO_ROOM, InputError, Unwritable
 from common.dataset import Normalizer
-from common.stopping import note_saved, stop, stop_is_due
+from common.stopping import note_saved, stop, stop_is_due, unhurried
 
 FORMAT = 3  # of what a run can go on from
 DIGESTS = "digests.json"  # beside orbax's files: what they hash to
@@ -101,22 +101,19 @@ class Checkpoints:
         is_time = time.perf_counter() - self.written >= self.seconds
         return stop_is_due() or is_time and (is_interval or self.seconds > 0)
 
-    def save(self, step: int, tree, **records) -> bool:
-        """Writes a pytree of arrays, and what JSON can hold beside it; `step` is to grow.
+    def save(self, step: int, tree, **records) -> None:
+        """Writes a pytree of arrays as of `step`, and what JSON can hold beside it.
 
-        Returns whether it was written: not if a number is not finite, for the last one that is
-        finite is to stay. Raises Stopped instead if the run was told to stop. Raises Unwritable.
+        Raises Stopped afterwards if the run was told to stop. Raises Unwritable.
         """
-        flat = {path: _to_host(x) for path, x in _by_path(tree) if x.size}
-        is_finite = all(np.isfinite(x).all() for x in flat.values() if x.dtype.kind == "f")
-        if is_finite:
-            self._write(step, flat, records)
+        with unhurried():
+            self._write(step, tree, records)
         self.written = time.perf_counter()
         if stop_is_due():
             stop()
-        return is_finite
 
-    def _write(self, step, flat, records):
+    def _write(self, step, tree, records):
+        flat = {path: _to_host(x) for path, x in _by_path(tree) if x.size}
         records |= {"step": step, "format": FORMAT}
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(flat), records=ocp.args.JsonSave(records)
@@ -250,7 +247,7 @@ def _broken(path):
         now = _digests(path)
     except (OSError, ValueError) as error:
         return f"its {DIGESTS}: {getattr(error, 'strerror', None) or 'not readable'}"
-    if not isinstance(written, dict):
+    if not (written and isinstance(written, dict)):
         return f"its {DIGESTS}: not readable"
     if missing := sorted(written.keys() - now.keys()):
         return f"{missing[0]} is missing"
@@ -266,12 +263,9 @@ def _unwritable(path):
     except OSError as error:
         raise Unwritable(path, error) from None
     except Exception as error:  # orbax's own, with the system's words in them
-        if not any(os.strerror(number) in str(error) for number in NO_ROOM):
+        if not any(os.strerror(number) in str(error) for number in (*NO_ROOM, errno.EACCES)):
             raise
         raise Unwritable(path, error) from None
-
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def _reserve(folder, tree, text=""):

@@ -1,5 +1,6 @@
 """Settings that cannot work, caught before anything is compiled or written."""
 
+import errno
 import fcntl
 import json
 import os
@@ -9,6 +10,9 @@ import tempfile
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is one sentence: what, where, and the mend."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class Unwritable(InputError):
@@ -224,7 +228,7 @@ def lock(workdir: str):
         ) from None
     except OSError as error:
         raise InputError(
-            f"{workdir} cannot be locked ({error.strerror}): choose another folder"
+            f"{workdir} cannot be locked ({error.strerror}: {path}): choose another folder"
         ) from None
     file.truncate(0)  # of a process that died
     file.write(f"{os.getpid()}\n")
@@ -280,8 +284,11 @@ def check_workdir(workdir: str, config, resume: bool) -> None:
     # What a start that died at once may leave is no reason to refuse.
     begun = {"lock", "unfinished", "unfinished.old", "config.json.new"}
     if os.path.isdir(workdir) and set(os.listdir(workdir)) - begun:
-        if not _has(workdir, "config.json"):
-            raise InputError(f"--workdir={workdir} holds files of no run: choose another folder")
+        is_run = _has(workdir, "unfinished") or _has(workdir, "results.json")
+        if not _has(workdir, "config.json") and not (is_run and not resume):
+            mend = ", or give --noresume to set it aside" if is_run else ""
+            what = "a run whose config.json is missing" if is_run else "files of no run"
+            raise InputError(f"--workdir={workdir} holds {what}: choose another folder{mend}")
     if _has(workdir, "lock"):
         lock(workdir).close()
     if resume and is_unfinished(workdir):

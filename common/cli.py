@@ -1,5 +1,6 @@
 """The command line of the scripts."""
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -14,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from common.checks import InputError, Unwritable, load_settings
+from common.checks import NO_ROOM, InputError, Unwritable, load_settings
 from common.stopping import GRACE, Stopped, catch_signals, where_saved
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -68,20 +69,36 @@ def run(main, name: str) -> None:
 
         catch_signals()
         app.run(start, flags_parser=parse)
-    except Stopped as stopped:
-        _leave(stopped, name)
-    except Unwritable as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # open files would try again, and fill the screen
-    except InputError as error:
-        sys.exit(f"{name}: {error}")
-    except BrokenPipeError:
+    except (Stopped, Exception) as error:
+        _end(error, name, bool(started))
+
+
+def _end(error, name, is_started):
+    """Ends the process with one sentence; raises the error again where it is a fault of ours."""
+    if isinstance(error, Stopped):
+        _leave(error, name)
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end would raise
         sys.exit(f"{name}: nobody reads what is printed any more: the same command goes on")
-    except Exception as error:
-        if started:  # not about the command line: a fault of ours, to be shown whole
-            raise
-        sys.exit(f"{name}: {_one_line(error, name)}")
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        error = Unwritable(error.filename or "what is printed", error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        error = InputError(
+            f"out of memory ({reason}): lower --config.num_seeds or batch_size, or give fewer "
+            "rows; what has been saved is kept"
+        )
+    if isinstance(error, Unwritable):
+        for stream in (sys.stderr, sys.stdout):  # if it is not the one that is full
+            with contextlib.suppress(OSError):
+                print(f"{name}: {error}", file=stream, flush=True)
+                break
+        os._exit(1)  # open files would try again, and fill the screen
+    if isinstance(error, InputError):
+        sys.exit(f"{name}: {error}")
+    if is_started:  # not about the command line
+        raise error
+    sys.exit(f"{name}: {_one_line(error, name)}")
 
 
 def _check_types(config, like):

@@ -151,13 +151,16 @@ def _read_metadata(path, attributes):
             raise ValueError("which is not opened on a file's word")
         key = "env_id"
         env_id = None if found[key] is None else str(np.asarray(found[key]).item())
-        key = "ref_min_score"
+        alone = [key for key in ("ref_min_score", "ref_max_score") if found[key] is not None]
+        key = alone[0] if alone else "ref_min_score"
+        if len(alone) == 1:
+            raise ValueError("the other is missing")
         reference = _stored_reference(found)
     except (TypeError, ValueError):
         raise InputError(
             f"{path}: attribute '{key}' is '{found[key]}': mend or remove it (env_id is a name, "
-            "env_kwargs a JSON object without paths, the reference scores are two numbers, the "
-            "first below the second)"
+            "env_kwargs a JSON object without paths, ref_min_score and ref_max_score are numbers, "
+            "the first below the second)"
         ) from None
     return env_id, kwargs, reference
 
@@ -174,8 +177,9 @@ def _names_path(value) -> bool:
 @contextlib.contextmanager
 def _open_hdf5(path):
     if not os.path.isfile(path):
+        what = f"{path} is a folder" if os.path.isdir(path) else f"no file {path}"
         raise InputError(
-            f"no file {path}: give the data set's HDF5 file with --config.dataset_path=<file> "
+            f"{what}: give the data set's HDF5 file with --config.dataset_path=<file> "
             "or --config.dataset=d4rl:<file>"
         )
     try:
@@ -215,8 +219,19 @@ def _read_columns(source, stored, rows) -> dict[str, np.ndarray]:
     columns = {}
     for key, column in stored.items():
         as_it_is = key in FLAGS or column.dtype == np.float32
-        values = column[()] if as_it_is else column.astype(np.float32)[()]
+        try:
+            values = column[()] if as_it_is else column.astype(np.float32)[()]
+        except MemoryError as error:
+            raise InputError(
+                f"{source}: '{key}', {column.shape}, does not fit into memory ({error}): give "
+                "fewer rows, or put a whole file in its place, if it has not so many"
+            ) from None
         _check_finite(source, key, values)
+        if key in FLAGS and (odd := (values != 0) & (values != 1)).any():
+            raise InputError(
+                f"{source}: '{key}' is {values.flat[odd.argmax()]:g} at row {odd.argmax()}: give 0 "
+                "or 1 in every row"
+            )
         values = values.reshape(-1) if key in ONE_A_ROW else values
         columns[key] = values.astype(bool) if key in FLAGS else values
     _check_actions(source, columns["actions"])
@@ -252,8 +267,8 @@ def _check_finite(source, key, column) -> None:
     bad = ~np.isfinite(column.reshape(len(column), -1)).all(axis=1)
     if bad.any():
         raise InputError(
-            f"{source}: '{key}' is not finite at row {bad.argmax()} ({bad.sum()} such rows): "
-            "remove those episodes from the data"
+            f"{source}: '{key}' is not finite in float32 at row {bad.argmax()} ({bad.sum()} such "
+            "rows): remove those episodes from the data"
         )
 
 

@@ -40,11 +40,26 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnasium", "mujoco", "minari", "
 
 def progress(total: int, label: str, unit: str = "update", done: int = 0) -> tqdm:
     """A progress bar that counts gradient updates, or environment steps; `done` of them before."""
-    pause = 0.5 if sys.stderr.isatty() else 30.0  # seconds: a log file is to stay readable
-    return tqdm(
-        total=total, desc=label, unit=unit, initial=done, unit_scale=True, dynamic_ncols=True,
-        mininterval=pause, maxinterval=max(pause, 10.0),
-    )  # fmt: skip
+    bar = {"total": total, "desc": label, "unit": unit, "initial": done, "unit_scale": True}
+    if sys.stderr.isatty():
+        return tqdm(**bar, dynamic_ncols=True, mininterval=0.5)
+    return tqdm(**bar, file=Lines(), ncols=0, mininterval=30.0, maxinterval=30.0)
+
+
+class Lines:
+    """A log file for a progress bar: every state of it that is written is a line of its own."""
+
+    encoding = "utf-8"
+    last = ""
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text and text != self.last:
+            print(text, file=sys.stderr)
+            self.last = text
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def writes(method):
@@ -108,9 +123,9 @@ class RunLog:
             if saved:
                 self._take_over(*saved)
         except OSError as error:
+            reason = ": ".join(filter(None, (error.strerror, error.filename))) or error
             raise InputError(
-                f"--workdir={workdir} cannot be written ({error.strerror or error}): choose "
-                "another folder"
+                f"--workdir={workdir} cannot be written ({reason}): choose another folder"
             ) from None
         self._warn()  # of the data: before the run, not after it
 
@@ -186,35 +201,37 @@ class RunLog:
         """Whether this phase is where the unfinished run saved last."""
         return bool(self.saved) and self.saved[0] == phase
 
-    def restore(self, phase, tree):
-        """`tree` and the step where the unfinished run last saved it, if that was in this phase.
+    def done(self, phase) -> int:
+        """Where in this phase the unfinished run saved last: updates offline, steps online."""
+        return self.saved[1] if self.was_in(phase) else 0
 
-        `tree` as it is, and 0, in a run that has not come that far.
-        """
-        if not self.arrays or self.saved[0] != phase:
-            return tree, 0
+    def restore(self, phase, tree):
+        """`tree` as the unfinished run last saved it, if that was in this phase."""
+        if not (self.arrays and self.was_in(phase)):
+            return tree
         arrays, self.arrays = self.arrays, {}
         try:
-            return fill(tree, arrays), self.saved[1]
+            return fill(tree, arrays)
         except ValueError as error:
             raise InputError(
                 f"the checkpoint in {self.workdir} is of another version or shape ({error}): "
                 "choose another --workdir, or give --noresume"
             ) from None
 
+    def is_due(self, step) -> bool:
+        """Whether to save now: every `checkpoint_minutes`, and when told to stop."""
+        return self.checkpoints.due(is_interval=step % self.config.eval_interval == 0)
+
     @writes
     def save(self, tree, phase, step, envs=None) -> None:
-        """Every `checkpoint_minutes`, and when told to stop: what the run can go on from.
+        """Writes what the run can go on from; raises Stopped afterwards if told to stop.
 
-        step: updates offline, environment steps online; an evaluation that is due at it comes
-        after. envs: a Collector.
+        tree: arrays, all finite. step: updates offline, environment steps online; an evaluation
+        that is due at it comes after. envs: a Collector.
         """
-        is_interval = step % self.config.eval_interval == 0
-        if not self.checkpoints.due(is_interval):
-            return
         if envs:
             self._add_episodes(envs.take_finished())
-        is_saved = self.checkpoints.save(
+        self.checkpoints.save(
             step,
             tree,
             phase=phase,
@@ -230,17 +247,19 @@ class RunLog:
             compile_seconds=self.compile_seconds,
             seconds=self.seconds_before + time.perf_counter() - self.started,
         )
-        if is_saved:
-            self.saved = phase, step
+        self.saved = phase, step
 
     @contextlib.contextmanager
-    def saving_if_stopped(self, *unfinished):
-        """Saves what `save` takes when the run is told to stop inside, as long as that may take."""
+    def evaluating(self, bar, tree, phase, *more):
+        """Shows it on the bar; `save`s, however long that takes, if told to stop inside."""
+        bar.set_description(f"{phase}, evaluates", refresh=sys.stderr.isatty())
         try:
             yield
-        except Stopped:
-            self.save(*unfinished)
+        except Stopped as stopped:
+            if not stopped.at_once and self.saved != (phase, more[0]):
+                self.save(tree, phase, *more)
             raise
+        bar.set_description(phase, refresh=False)
 
     @writes
     def check_finite(self, phase, updates, broke, parts, rewards) -> None:
@@ -453,7 +472,8 @@ class RunLog:
         plot_run(picture, self.history, self.finished, self.dataset.score, results, self.config)
 
     def _timing(self, online):
-        rates = np.median(self.online_speeds, axis=0).tolist() if online else [None] * 3
+        measured = online and self.online_speeds  # not of a run gone on with at its very end
+        rates = np.median(self.online_speeds, axis=0).tolist() if measured else [None] * 3
         return {
             "updates_per_second": float(np.median(self.speeds)) if self.speeds else rates[0],
             "online_updates_per_second": rates[0],
@@ -493,6 +513,14 @@ class RunLog:
             found.append(
                 f"small buffer: buffer_capacity={capacity} is less than a batch, so each stored "
                 "row is drawn again and again; raise it"
+            )
+        cut = self.dataset.episode_ends & ~self.dataset.terminals
+        if cut.sum() > len(cut) / 2:
+            found.append(
+                f"scattered rows: {cut.mean():.0%} of the rows do not go on in the next one, so "
+                "that returns, and what is trusted by them, are of pieces of episodes; keep the "
+                "rows in the order they were recorded in, and next_observations as exact as "
+                "observations"
             )
         untrained = not (self.config.offline_steps or self.config.offline_checkpoint)
         if untrained and self.config.coefficient == "adaptive":

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
 
 import jax
 
-GRACE = 10.0  # seconds from the signal until the run stops where it is
+GRACE = 10.0  # seconds from the signal until the run stops where it is, unless it is saving
 _caught = []  # the signal that told the run to stop
+_unhurried = []  # what is under way and may outlast GRACE
 _saved = []  # where this process last saved the run
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop; `status` is its exit status, 128 + the signal's number."""
+    """The run was told to stop; `status` is its exit status, 128 + the signal's number.
 
-    def __init__(self, number: int):
+    at_once: whether it was told so twice.
+    """
+
+    def __init__(self, number: int, at_once: bool = False):
         super().__init__(signal.Signals(number).name)
-        self.status = 128 + number
+        self.status, self.at_once = 128 + number, at_once
 
 
 def catch_signals() -> None:
@@ -47,10 +52,20 @@ def stop_is_due() -> bool:
     return bool(_caught)
 
 
-def stop() -> None:
+def stop(at_once: bool = False) -> None:
     """Raises Stopped for the signal that came."""
     signal.setitimer(signal.ITIMER_REAL, 0)
-    raise Stopped(_caught[0])
+    raise Stopped(_caught[0], at_once)
+
+
+@contextlib.contextmanager
+def unhurried():
+    """What is done inside, saving, is not cut off after GRACE, but by a second signal alone."""
+    _unhurried.append(True)
+    try:
+        yield
+    finally:
+        _unhurried.pop()
 
 
 def wait_for(tree):
@@ -63,11 +78,12 @@ def wait_for(tree):
 
 def _catch(number, _):
     if _caught:
-        stop()
+        stop(at_once=True)
     _caught.append(number)
     print(f"\n{signal.Signals(number).name}: stops within {GRACE:.0f} s", file=sys.stderr)
     signal.setitimer(signal.ITIMER_REAL, GRACE)
 
 
 def _stop(*_):
-    stop()
+    if not _unhurried:
+        stop()

@@ -116,6 +116,8 @@ FILES = {
     "reference": {"ref_min_score": "low", "ref_max_score": 1.0},
     "level": {"ref_min_score": 1.0, "ref_max_score": 1.0},
     "module": {"env_id": "antigravity:Walk-v0"},
+    "half_terminal": {"terminals": lambda x: np.where(np.arange(len(x)) == 5, 0.5, x)},
+    "one_reference": {"ref_min_score": 1.0},
 }
 
 
@@ -172,6 +174,10 @@ def commands(tmp_path_factory):
         for place in range(100, 6000, 7):
             content[place] ^= 255
         scrambled.write(content)
+    with h5py.File(at("huge.hdf5"), "w") as file:  # of which nothing is on the disk
+        for name, column in toy_columns(1).items():
+            shape = (10**13, *column.shape[1:])
+            file.create_dataset(name, shape, np.float32, chunks=(1024, *shape[1:]))
     with h5py.File(at("group.hdf5"), "w") as file:
         file["actions"] = h5py.SoftLink("/nowhere")
 
@@ -184,7 +190,8 @@ def commands(tmp_path_factory):
     settings = f"--config={at('ssar_td3bc.py')}"
     status, _, err = commands("ssar_td3bc", settings, f"--workdir={at('finished')}")
     assert status == 0, err
-    for name in ("broken", "swapped", "mistyped", "listed", "unfinished", "used", "foreign"):
+    copies = ("broken", "swapped", "mistyped", "listed", "unfinished", "used", "foreign", "unnamed")
+    for name in copies:
         shutil.copytree(at("finished"), at(name))
     for parent, _, names in os.walk(at("broken", "checkpoint")):
         for name in names:
@@ -198,6 +205,7 @@ def commands(tmp_path_factory):
         file.write("[1]")
     for name in ("unfinished", "used", "foreign"):
         os.remove(at(name, "results.json"))
+    os.remove(at("unnamed", "config.json"))
     held = lock(at("used"))
     yield commands
     held.close()
@@ -222,7 +230,7 @@ RUN = "--workdir={folder}/"
 TABLE = {
     # --- files ---
     "no file": (file("none"), "no file {folder}/none.hdf5: give the data set's HDF5 file with"),
-    "a folder": ("--config.dataset_path={folder}", "no file {folder}: give"),
+    "a folder": ("--config.dataset_path={folder}", "{folder} is a folder: give the data set's"),
     "a web page": (file("page"), "page.hdf5 is not a readable HDF5 file"),
     "a pickle": (file("pickled"), "pickled.hdf5 is not a readable HDF5 file"),
     "half a file": (file("half"), "half.hdf5 is not a readable HDF5 file"),
@@ -242,8 +250,8 @@ TABLE = {
     "two rewards a row": (file("two_rewards"), "'rewards' has type float32 and shape (61, 2): "),
     "actions as text": (file("text"), "'actions' has type |S4 and shape (61, 2): it needs numbers"),
     "complex rewards": (file("complex"), "'rewards' has type complex128 and shape (61,): it needs"),
-    "nan": (file("nan"), "'observations' is not finite at row 7 (1 such rows): remove"),
-    "infinite": (file("inf"), "'rewards' is not finite at row 3 (1 such rows): remove"),
+    "nan": (file("nan"), "'observations' is not finite in float32 at row 7 (1 such rows): remove"),
+    "infinite": (file("inf"), "'rewards' is not finite in float32 at row 3 (1 such rows): remove"),
     "actions beyond 1": (file("loud"), "'actions' reaches 1.5 at row 9 (1 rows outside [-1, 1])"),
     "no rows": (file("no_rows"), "is empty: the data needs at least one transition"),
     "narrow successors": (file("narrow"), "'next_observations' has shape (61, 3) but"),
@@ -253,6 +261,9 @@ TABLE = {
     "a path within kwargs": (
         [file("path_within"), *field(env="")], "a JSON object without paths"
     ),
+    "half a terminal": (file("half_terminal"), "'terminals' is 0.5 at row 5: give 0 or 1 in every"),
+    "more rows than memory": (file("huge"), "'observations', (10000000000000, 4), does not fit"),
+    "half a reference": (file("one_reference"), "attribute 'ref_min_score' is '1.0': mend or rem"),
     "two environments": ([file("ids"), *field(env="")], "attribute 'env_id' is '[b'Hopper-v5'"),
     "no scale": (file("level"), "attribute 'ref_min_score' is '1.0': mend or remove it"),
     "no reference": (file("reference"), "attribute 'ref_min_score' is 'low': mend or remove it"),
@@ -385,6 +396,9 @@ TABLE = {
         ("ssar_cql", [GO_ON + "finished", *ONLINE]),
         "is a run of another script, with expl_noise",
     ),
+    "a run without settings": (
+        RUN + "unnamed", "holds a run whose config.json is missing: choose another folder, or give"
+    ),
     "onto itself": (
         [GO_ON + "finished", RUN + "finished", *ONLINE],
         "is the run of --config.offline_checkpoint: choose another folder",
@@ -421,6 +435,26 @@ def test_a_process_of_its_own_ends_alike(script, tmp_path):
     assert done.returncode == 1
     assert done.stderr == f"{script}: --config.batch_size=0 must be at least 1\n"
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("full", ["stdout", "stderr"])
+def test_what_is_printed_may_have_no_room_either(full, commands):
+    """One sentence on the other; the same command goes on once there is room."""
+    workdir = os.path.join(commands.folder, f"full_{full}")
+    command = [sys.executable, os.path.join(ROOT, "ssar_td3bc.py"), f"--workdir={workdir}"]
+    command += [f"--config={commands.folder}/ssar_td3bc.py"]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    with open("/dev/full", "w") as nowhere:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {full: nowhere}
+        done = subprocess.run(command, **streams, env=env, text=True)
+    said = (done.stdout or "") + (done.stderr or "")
+    assert done.returncode == 1
+    last = said.splitlines()[-1]
+    assert last.startswith(
+        "ssar_td3bc: what is printed cannot be written (No space left on device)"
+    )
+    assert "Traceback" not in said
+    shutil.rmtree(workdir, ignore_errors=True)
 
 
 def test_names_of_folders_are_plain(commands):

@@ -418,14 +418,16 @@ def test_labels_are_cached_and_a_broken_file_is_made_again(tmp_path):
     written = file.read_bytes()
     at = written.index(b"\x01\x00", written.index(b"\n"))  # the labels, after NumPy's header
     flipped = written[:at] + b"\x00" + written[at + 1 :]
-    for broken in (written[:-1], written[:50], b"", flipped):
+    at = written.index(b"PK\x01\x02") + 10  # how the archive is compressed
+    other_compression = written[:at] + b"\x63" + written[at + 1 :]
+    for broken in (written[:-1], written[:50], b"", flipped, other_compression):
         file.write_bytes(broken)
         np.testing.assert_array_equal(
             cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.7], (2,), make), [True, False]
         )
-    assert len(calls) == 5
-    cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.5], (2,), make)
     assert len(calls) == 6
+    cached_labels(str(tmp_path / "new"), ["abc", "tau", 0.5], (2,), make)
+    assert len(calls) == 7
     fail = mock.Mock(side_effect=RuntimeError)
     with pytest.raises(RuntimeError):
         cached_labels(str(tmp_path / "new"), ["other"], (2,), fail)
@@ -800,8 +802,8 @@ def spoil(name):
     [
         ("no rewards", ["no key 'rewards'", "needs observations, actions, rewards and terminals"]),
         ("short actions", ["'actions' has", "'observations' has", "one row a transition"]),
-        ("nan", ["'observations' is not finite at row 7", "remove"]),
-        ("infinite reward", ["'rewards' is not finite at row 3"]),
+        ("nan", ["'observations' is not finite in float32 at row 7", "remove"]),
+        ("infinite reward", ["'rewards' is not finite in float32 at row 3"]),
         ("loud action", ["'actions' reaches 1.5 at row 9", "clip"]),
         ("flat observations", ["'observations' has type", "rows by dimensions"]),
         ("empty", ["'observations' is empty"]),

@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -10,6 +11,7 @@ from test_resume import config_of, rows_of
 from toys import frozen, tiny_config, toy_columns, write_hdf5
 
 import ssar_td3bc as ssar
+from common import cli
 from common.checks import InputError
 from common.diagnosis import Diverged, first_broken, likely_cause, signatures
 from common.evaluation import Episodes, Evaluator
@@ -88,6 +90,28 @@ def test_online_runs_and_labelling_stop_too(data, tmp_path):
     with pytest.raises(Diverged, match="iql_critic_loss is not finite at update 1 of the IQL"):
         ssar.main(config, str(tmp_path / "iql"))
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".npz")]
+
+
+def test_rows_out_of_their_order_are_named(data, tmp_path, capsys):
+    columns, rng = toy_columns(), np.random.default_rng(0)
+    shuffled = rng.permutation(len(columns["rewards"]))
+    columns = {name: column[shuffled] for name, column in columns.items()}
+    path = write_hdf5(tmp_path / "shuffled.hdf5", **columns)
+    results = ssar.main(config_of(path, selection="none"), str(tmp_path / "run"))
+    assert any(text.startswith("scattered rows: ") for text in results["warnings"])
+    assert "warning: scattered rows: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 3 TiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(error):
+    with pytest.raises(SystemExit, match="^ssar_cql: out of memory .*: lower --config.num_seeds "):
+        cli._end(error, "ssar_cql", True)
 
 
 def test_an_environment_that_gives_nan_is_named(tmp_path, monkeypatch):

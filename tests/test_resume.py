@@ -184,6 +184,39 @@ def test_a_run_goes_on_from_its_last_checkpoint(moment, done, data, whole, tmp_p
     assert os.listdir(tmp_path) == ["run"]
 
 
+def test_going_on_at_the_very_end_of_a_short_run_online(data, tmp_path):
+    """In a process that takes no step, of a run whose only interval had been no whole one."""
+    config = config_of(data, online_steps=20)
+    workdir = str(tmp_path / "run")
+    start_and_kill(config, workdir, Evaluator, "__call__", 5)  # three offline, one before a step
+    results = ssar.main(config, workdir)
+    assert len(results["last"]) == 2
+    with open(os.path.join(workdir, "timing.json")) as file:
+        assert json.load(file)["env_steps_per_second"] is None
+
+
+@pytest.mark.parametrize("before, after", [(120, 1200), (1200, 120)])  # of 6 and 60 updates
+def test_calls_of_another_size_than_before_compute_the_same(
+    before, after, data, tmp_path, monkeypatch
+):
+    """As where a run is gone on with on another device."""
+    config = config_of(data, eval_interval=60, offline_steps=120, checkpoint_minutes=1e-9)
+    monkeypatch.setattr(ssar, "UPDATES_PER_CALL", before)
+    ssar.main(config, str(tmp_path / "whole"))
+    start_and_kill(config, str(tmp_path / "run"), ssar, "broken_parts", 3 if before < after else 2)
+    monkeypatch.setattr(ssar, "UPDATES_PER_CALL", after)
+    ssar.main(config, str(tmp_path / "run"))
+    whole, run = (load_checkpoint(str(tmp_path / name))["state"] for name in ("whole", "run"))
+    assert whole["step"].tolist() == [120, 120]
+    for key, x in flat(whole).items():
+        np.testing.assert_array_equal(x, flat(run)[key], err_msg=key)
+    rows = [rows_of(str(tmp_path / name), "scores.csv") for name in ("whole", "run")]
+    for a, b in zip(*rows, strict=True):
+        for key in set(a) - {"phase"}:
+            if a[key]:
+                np.testing.assert_allclose(float(a[key]), float(b[key]), rtol=1e-5, err_msg=key)
+
+
 def test_a_start_that_dies_at_once_leaves_a_folder_to_start_in(data, whole, tmp_path):
     workdir = str(tmp_path / "run")
     start_and_kill(config_of(data), workdir, ssar.RunLog, "_write_json", 1)
@@ -302,6 +335,7 @@ def test_a_finished_runs_checkpoint_is_checked_too(whole, tmp_path):
     [
         (lambda text: text[:-1], "digests.json: not readable"),
         (lambda text: "[]", "digests.json: not readable"),
+        (lambda text: "{}", "digests.json: not readable"),
         (lambda text: text.replace("manifest.ocdbt", "manifest.ocdbu"), "ocdbu is missing"),
         (lambda text: text.replace('": "', '": "0'), "is not as it was written"),
     ],
@@ -379,6 +413,17 @@ def test_settings_of_a_run_set_aside_do_not_come_back(data, tmp_path):
     ssar.main(config, workdir)
     ssar.main(config, str(tmp_path / "whole"))
     assert_same(str(tmp_path / "whole"), workdir)
+
+
+def test_a_run_without_settings_is_set_aside_when_told_to(data, whole, tmp_path):
+    workdir = str(tmp_path / "run")
+    stopped_run(data, workdir)
+    os.remove(os.path.join(workdir, "config.json"))
+    with pytest.raises(InputError, match="config.json is missing: .* or give --noresume to set it"):
+        ssar.main(config_of(data), workdir)
+    ssar.main(config_of(data), workdir, resume=False)
+    assert_same(whole, workdir)
+    assert len(os.listdir(os.path.join(workdir + ".1", "unfinished"))) == 2
 
 
 def test_checkpoints_without_settings_are_set_aside(data, whole, tmp_path):
@@ -526,15 +571,6 @@ def test_labelling_does_without_checkpoints_where_there_is_no_room(tmp_path, cap
         needed.save(1, {"a": np.zeros(3)})
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path):
-    kept = Checkpoints(str(tmp_path / "kept"), 0.0)
-    assert kept.save(1, {"a": np.zeros(3), "n": np.int32(1)})
-    for bad in (np.nan, np.inf):
-        assert not kept.save(2, {"a": np.array([0.0, bad]), "n": np.int32(2)})
-    (arrays, records) = kept.load()
-    assert records["step"] == arrays["n"] == 1
-
-
 def test_programs_are_not_kept_where_there_is_no_folder(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     with pytest.MonkeyPatch.context() as patch:
@@ -618,6 +654,71 @@ def test_a_second_signal_ends_it_at_once_and_other_handlers_stay(signals):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert stopped.value.status == 130
+
+
+def test_saving_may_take_longer_than_the_grace(signals, monkeypatch, tmp_path):
+    monkeypatch.setattr(stopping, "GRACE", 0.2)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    stopping.catch_signals()
+    write = checkpoint._write_digests
+    monkeypatch.setattr(checkpoint, "_write_digests", lambda path: time.sleep(0.5) or write(path))
+    kept = Checkpoints(str(tmp_path / "kept"), 60.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(stopping.Stopped) as stopped:
+        kept.save(7, {"a": np.arange(3)})
+    assert not stopped.value.at_once
+    assert kept.load()[1]["step"] == 7
+
+
+def test_told_to_stop_after_it_diverged_it_says_so(data, tmp_path, monkeypatch, signals):
+    """Online, where it would show at the next evaluation alone."""
+    config = config_of(data, online_steps=40, checkpoint_minutes=60.0)
+    online_step, step = ssar.online_step, Collector.step
+
+    def told(envs, actions):
+        if envs.steps == 30:
+            stopping._caught.append(signal.SIGTERM)
+        return step(envs, actions)
+
+    monkeypatch.setattr(Collector, "step", told)
+    spoil = lambda tree: jax.tree.map(lambda x: x * jnp.nan, tree)
+
+    class Spoiled:
+        """Its program, whose critics are not finite from update 12 on."""
+
+        def lower(self, *args, **kwargs):
+            compiled = online_step.lower(*args, **kwargs).compile()
+
+            def run(state, *args):
+                state, totals = compiled(state, *args)
+                if state.online_step[0] == 12:
+                    state = state._replace(critic=spoil(state.critic))
+                return state, totals
+
+            return mock.Mock(compile=lambda: run)
+
+        def __call__(self, *args, **kwargs):
+            return online_step(*args, **kwargs)
+
+    monkeypatch.setattr(ssar, "online_step", Spoiled())
+    workdir = tmp_path / "run"
+    with pytest.raises(InputError, match=r"diverged: critic_loss.* is not finite at update 73 "):
+        ssar.main(config, str(workdir))
+    assert "diverged: critic_loss" in (workdir / "diverged.txt").read_text()
+    assert not os.listdir(workdir / "unfinished")
+
+
+def test_a_second_signal_ends_an_evaluation_unsaved(data, tmp_path, monkeypatch, signals):
+    def twice(*_, **__):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(Evaluator, "__call__", twice)
+    stopping.catch_signals()
+    with contextlib.suppress(stopping.Stopped):
+        ssar.main(config_of(data, checkpoint_minutes=60.0), str(tmp_path / "run"))
+    assert not os.listdir(tmp_path / "run" / "unfinished")
 
 
 def test_told_to_stop_within_an_interval_it_is_saved_there(data, tmp_path, monkeypatch, signals):
