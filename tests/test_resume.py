@@ -672,7 +672,7 @@ def test_saving_may_take_longer_than_the_grace(signals, monkeypatch, tmp_path):
 
 def test_told_to_stop_after_it_diverged_it_says_so(data, tmp_path, monkeypatch, signals):
     """Online, where it would show at the next evaluation alone."""
-    config = config_of(data, online_steps=40, checkpoint_minutes=60.0)
+    config = config_of(data, offline_steps=20, online_steps=40, checkpoint_minutes=60.0)
     online_step, step = ssar.online_step, Collector.step
 
     def told(envs, actions):
@@ -702,7 +702,7 @@ def test_told_to_stop_after_it_diverged_it_says_so(data, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(ssar, "online_step", Spoiled())
     workdir = tmp_path / "run"
-    with pytest.raises(InputError, match=r"diverged: critic_loss.* is not finite at update 73 "):
+    with pytest.raises(InputError, match=r"diverged: critic_loss.* is not finite at update 33 "):
         ssar.main(config, str(workdir))
     assert "diverged: critic_loss" in (workdir / "diverged.txt").read_text()
     assert not os.listdir(workdir / "unfinished")
