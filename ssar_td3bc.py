@@ -936,7 +936,7 @@ def finetune(state, data, envs, evaluate, log, config):
             for step in range(done + 1, end + 1):
                 # --- act ---
                 action = np.asarray(choose(state.actor, obs, keys, np.int32(step)))
-                if not np.isfinite(action).all():
+                if not np.isfinite(action).all():  # before the environment is blamed
                     check()
                 outcome = envs.step(action)
                 transition = Transition(
