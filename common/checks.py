@@ -284,7 +284,7 @@ def check_workdir(workdir: str, config, resume: bool) -> None:
     # What a start that died at once may leave is no reason to refuse.
     begun = {"lock", "unfinished", "unfinished.old", "config.json.new"}
     if os.path.isdir(workdir) and set(os.listdir(workdir)) - begun:
-        is_run = _has(workdir, "unfinished") or _has(workdir, "results.json")
+        is_run = _has(workdir, "scores.csv") or _has(workdir, "unfinished")
         if not _has(workdir, "config.json") and not (is_run and not resume):
             mend = ", or give --noresume to set it aside" if is_run else ""
             what = "a run whose config.json is missing" if is_run else "files of no run"

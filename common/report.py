@@ -515,7 +515,7 @@ class RunLog:
                 "row is drawn again and again; raise it"
             )
         cut = self.dataset.episode_ends & ~self.dataset.terminals
-        if cut.sum() > len(cut) / 2:
+        if len(cut) > 1 and cut.mean() > 0.5:
             found.append(
                 f"scattered rows: {cut.mean():.0%} of the rows do not go on in the next one, so "
                 "that returns, and what is trusted by them, are of pieces of episodes; keep the "
