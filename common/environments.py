@@ -52,10 +52,10 @@ def make_env(spec: EnvSpec, make=gymnasium.make, **kwargs):
             return make(spec, **kwargs)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        given = f" as the data's env_kwargs say, {spec.kwargs}," if spec.kwargs else ""
+        given = f" with {str(spec.kwargs)[:200]}" if spec.kwargs else ""
         raise InputError(
-            f"cannot make environment {spec.id}{given} ({reason}): install what it needs, "
-            f"{'mend those, ' if given else ''}or name another with --config.env=<id>"
+            f"cannot make environment {spec.id}{given} ({reason}): install what it needs, mend "
+            "the data's env_kwargs, or name another with --config.env=<id>"
         ) from None
 
 
