@@ -1230,7 +1230,7 @@ def main(config, workdir=None, resume=True):
         cache_dir=config.cache_dir,
     )
     evaluator = Evaluator(dataset, config.num_seeds, config.eval_episodes, config.seed)
-    print(dataset)
+    print(dataset, flush=True)
 
     # --- the data, and the part of it that β_φ may trust ---
     data, normalizer, data_fingerprint = load_data(dataset, config)

@@ -21,7 +21,7 @@ from common.checks import NO_ROOM, InputError, Unwritable
 from common.dataset import Normalizer
 from common.stopping import note_saved, stop, stop_is_due, unhurried
 
-FORMAT = 3  # of what a run can go on from
+FORMAT = 4  # of what a run can go on from
 DIGESTS = "digests.json"  # beside orbax's files: what they hash to
 
 
@@ -39,7 +39,7 @@ def save_checkpoint(workdir, normalizer, trusted, data_fingerprint, name, state)
     }
     if trusted.size:  # there may be no data
         tree["trusted"] = np.ascontiguousarray(trusted)
-    with _unwritable(path):
+    with _unwritable(path), unhurried():
         _reserve(os.path.abspath(workdir), tree)
         with _checkpointer() as checkpointer:
             checkpointer.save(path, tree, force=True)

@@ -66,6 +66,7 @@ def run(main, name: str) -> None:
                 join_hosts(hosts.value, config.value)
                 folder = folder and os.path.join(folder, str(config.value.seed))
             main(config.value, folder, resume.value)
+            sys.stdout.flush()  # here a full disk or a pipe that is closed can still be told
 
         catch_signals()
         app.run(start, flags_parser=parse)
@@ -85,8 +86,8 @@ def _end(error, name, is_started):
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         error = InputError(
-            f"out of memory ({reason}): lower --config.num_seeds or batch_size, or give fewer "
-            "rows; what has been saved is kept"
+            f"out of memory ({reason}): lower --config.num_seeds or batch_size, in another "
+            "--workdir, or give fewer rows"
         )
     if isinstance(error, Unwritable):
         for stream in (sys.stderr, sys.stdout):  # if it is not the one that is full
@@ -114,7 +115,8 @@ def _leave(stopped, name):
     """Ends the process, without waiting for the program under way."""
     where = where_saved()
     goes_on = f"goes on from {where}" if where else "starts anew, for nothing was due to be saved"
-    print(f"{name}: stopped by {stopped}: the same command {goes_on}", flush=True)
+    with contextlib.suppress(OSError):
+        print(f"{name}: stopped by {stopped}: the same command {goes_on}", flush=True)
     if jax.distributed.is_initialized() and not jax.process_index():
         time.sleep(GRACE)  # the others end with this one, and may be saving
     os._exit(stopped.status)

@@ -31,6 +31,7 @@ class Dataset:
     env: EnvSpec
     reference: tuple[float, float] | None  # (random, expert) return; None: scores are raw returns
     source: str  # for messages
+    scattered: float = 0.0  # share of rows whose successor is not the next row, unaccountably
     physics: str = "stock"  # d4rl: with the capsules of older MuJoCo builds
     observation_keys: tuple[str, ...] = ()  # of dictionary observations; empty: see environments
 

@@ -6,6 +6,7 @@ where the fingertip is within 5 cm of the target, which ends the episode, and el
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -85,10 +86,14 @@ def _check_room(folder):
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, SIZE)
     except OSError as error:
-        raise InputError(
-            f"the demo cannot be recorded in {folder} ({error.strerror}): make room, or name "
-            "another folder by the environment variable MINARI_DATASETS_PATH"
-        ) from None
+        raise _unrecordable(folder, error.strerror) from None
+
+
+def _unrecordable(folder, reason):
+    return InputError(
+        f"the demo cannot be recorded in {folder} ({reason}): make room, or name another folder by "
+        "the environment variable MINARI_DATASETS_PATH"
+    )
 
 
 def demo_dataset_id(name: str) -> str:
@@ -100,12 +105,22 @@ def demo_dataset_id(name: str) -> str:
     dataset_id, root = DEMOS[name][0], get_dataset_path()
     if not _is_whole(dataset_id):
         _check_room(root)
-        with open(os.path.join(root, ".ssar-jax.lock"), "w") as lock:
-            wait_for(lock, "records the demo")
+        with _locked(root):
             if not _is_whole(dataset_id):
                 shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)  # of one killed
                 _record(*DEMOS[name])
     return dataset_id
+
+
+@contextlib.contextmanager
+def _locked(root):
+    try:
+        lock = open(os.path.join(root, ".ssar-jax.lock"), "a")
+        wait_for(lock, "records the demo")
+    except OSError as error:
+        raise _unrecordable(root, f"{error.strerror}: {error.filename or lock.name}") from None
+    with lock:
+        yield
 
 
 def _is_whole(dataset_id):

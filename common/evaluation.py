@@ -192,6 +192,8 @@ class Collector:
         started = time.perf_counter()
         observations, rewards, terminated, truncated, infos = self.envs.step(actions)
         self.seconds += time.perf_counter() - started
+        with np.errstate(over="ignore"):  # which shows as not finite below
+            learned_from = rewards.astype(np.float32)
         self.steps += 1
         self.returns += rewards
         self.lengths += 1
@@ -206,14 +208,14 @@ class Collector:
                 episode = (self.returns[i], self.lengths[i], self.success[i])
                 self.finished.append(Finished(self.steps, int(i), *(x.item() for x in episode)))
             self.returns[ended], self.lengths[ended], self.success[ended] = 0, 0, np.nan
-        for what, x in (("reward", rewards), ("observation", next_obs), ("observation", obs)):
+        for what, x in (("reward", learned_from), ("observation", next_obs), ("observation", obs)):
             if not np.isfinite(x).all():  # it would spoil the buffer, and every update after
                 raise InputError(
                     f"{self.envs.spec.id} gave a {what} that is not finite at environment step "
                     f"{self.steps}: mend the environment; the same command goes on from the last "
                     "checkpoint, if there is one"
                 )
-        return Outcome(rewards.astype(np.float32), next_obs, terminated.astype(np.float32), obs)
+        return Outcome(learned_from, next_obs, terminated.astype(np.float32), obs)
 
     def _standardise(self, observations) -> np.ndarray:
         flat = flatten_observations(observations, self.keys)

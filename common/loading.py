@@ -284,6 +284,9 @@ def _check_actions(source, actions) -> None:
 
 def _from_columns(source, spec, reference, rows, columns) -> Dataset:
     ends, keep = select_rows(columns, rows, spec.max_episode_steps)
+    scattered = 0.0
+    if "next_observations" in columns and len(ends) > 1:
+        scattered = (ends & ~columns["terminals"] & ~columns.get("timeouts", np.False_))[:-1].mean()
     if not keep.any():
         raise InputError(f"{source} holds no transition whose successor is known: record episodes")
     observations, next_observations = columns["observations"], columns.get("next_observations")
@@ -300,6 +303,7 @@ def _from_columns(source, spec, reference, rows, columns) -> Dataset:
         env=spec,
         reference=reference,
         source=source,
+        scattered=scattered,
     )
 
 

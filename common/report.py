@@ -514,13 +514,12 @@ class RunLog:
                 f"small buffer: buffer_capacity={capacity} is less than a batch, so each stored "
                 "row is drawn again and again; raise it"
             )
-        cut = self.dataset.episode_ends & ~self.dataset.terminals
-        if len(cut) > 1 and cut.mean() > 0.5:
+        if self.dataset.scattered > 0.5:
             found.append(
-                f"scattered rows: {cut.mean():.0%} of the rows do not go on in the next one, so "
-                "that returns, and what is trusted by them, are of pieces of episodes; keep the "
-                "rows in the order they were recorded in, and next_observations as exact as "
-                "observations"
+                f"scattered rows: {self.dataset.scattered:.0%} of the rows do not go on in the "
+                "next one, so that returns, and what is trusted by them, are of pieces of "
+                "episodes; keep the rows in the order they were recorded in, and next_observations "
+                "as exact as observations"
             )
         untrained = not (self.config.offline_steps or self.config.offline_checkpoint)
         if untrained and self.config.coefficient == "adaptive":

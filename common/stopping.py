@@ -80,8 +80,9 @@ def _catch(number, _):
     if _caught:
         stop(at_once=True)
     _caught.append(number)
-    print(f"\n{signal.Signals(number).name}: stops within {GRACE:.0f} s", file=sys.stderr)
     signal.setitimer(signal.ITIMER_REAL, GRACE)
+    with contextlib.suppress(OSError):  # Ctrl-C ends what a pipe leads to as well
+        print(f"\n{signal.Signals(number).name}: stops within {GRACE:.0f} s", file=sys.stderr)
 
 
 def _stop(*_):

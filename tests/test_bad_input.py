@@ -444,6 +444,7 @@ def test_what_is_printed_may_have_no_room_either(full, commands):
     command = [sys.executable, os.path.join(ROOT, "ssar_td3bc.py"), f"--workdir={workdir}"]
     command += [f"--config={commands.folder}/ssar_td3bc.py"]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    env.pop("PYTHONUNBUFFERED", None)
     with open("/dev/full", "w") as nowhere:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {full: nowhere}
         done = subprocess.run(command, **streams, env=env, text=True)

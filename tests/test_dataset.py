@@ -740,6 +740,13 @@ def test_several_that_want_the_demo_record_it_once(tmp_path, monkeypatch, capsys
     assert list(minari.list_local_datasets()) == [ids[0]]
 
 
+def test_a_demo_that_cannot_be_locked_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (tmp_path / ".ssar-jax.lock").mkdir()
+    with pytest.raises(InputError, match="cannot be recorded in .*Is a directory: .*lock.: make"):
+        demo.demo_dataset_id("demo")
+
+
 @pytest.mark.parametrize("missing", [["metadata.json"], ["main_data.hdf5"], None])
 def test_a_demo_whose_recording_was_killed_is_recorded_again(missing, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))

@@ -15,6 +15,7 @@ from common import cli
 from common.checks import InputError
 from common.diagnosis import Diverged, first_broken, likely_cause, signatures
 from common.evaluation import Episodes, Evaluator
+from common.loading import load_dataset
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,14 @@ def test_rows_out_of_their_order_are_named(data, tmp_path, capsys):
     assert "warning: scattered rows: " in capsys.readouterr().err
 
 
+def test_episodes_of_one_step_are_no_rows_out_of_their_order(tmp_path):
+    columns = toy_columns()
+    columns["timeouts"] = ~columns["terminals"].astype(bool)
+    path = write_hdf5(tmp_path / "short.hdf5", **columns)
+    dataset = load_dataset(None, path, env="ssar-test/Walk-v0")
+    assert len(dataset.returns) == len(dataset.rewards) and dataset.scattered == 0
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -114,14 +123,15 @@ def test_too_little_memory_is_one_sentence(error):
         cli._end(error, "ssar_cql", True)
 
 
-def test_an_environment_that_gives_nan_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bad", [np.nan, 1e39])  # the latter in float32
+def test_an_environment_that_gives_nan_is_named(bad, tmp_path, monkeypatch):
     import toys
 
     step = toys.Walk.step
 
     def broken(self, action):
         obs, reward, *rest = step(self, action)
-        return obs, np.nan if self.steps == 2 else reward, *rest
+        return obs, bad if self.steps == 2 else reward, *rest
 
     monkeypatch.setattr(toys.Walk, "step", broken)
     settings = {"offline_steps": 0, "online_steps": 40, "buffer_init": "none", "dataset": None}

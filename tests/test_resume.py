@@ -378,7 +378,7 @@ def test_another_run_in_the_folder_is_refused_and_kept(data, tmp_path):
         ssar.main(config_of(data, discount=0.5), workdir)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-        with pytest.raises(InputError, match="run is of another version .its format is 3, not 4"):
+        with pytest.raises(InputError, match="run is of another version .its format is 4, not 5"):
             ssar.main(config_of(data, discount=0.5), workdir)
     assert read(workdir, "scores.csv") == before
     ssar.main(config_of(data, seed=3), workdir, resume=False)
@@ -654,6 +654,21 @@ def test_a_second_signal_ends_it_at_once_and_other_handlers_stay(signals):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert stopped.value.status == 130
+
+
+def test_a_signal_is_heard_where_nobody_reads_what_is_printed(signals, monkeypatch):
+    """Ctrl-C ends what a pipe leads to as well."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as nowhere:
+        monkeypatch.setattr(sys, "stderr", nowhere)
+        stopping.catch_signals()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.stop_is_due()
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            nowhere.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # or closing it would raise
 
 
 def test_saving_may_take_longer_than_the_grace(signals, monkeypatch, tmp_path):
