@@ -78,9 +78,7 @@ def _end(error, name, is_started):
     """Ends the process with one sentence; raises the error again where it is a fault of ours."""
     if isinstance(error, Stopped):
         _leave(error, name)
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end would raise
-        sys.exit(f"{name}: nobody reads what is printed any more: the same command goes on")
+    text = "nobody reads what is printed any more: the same command goes on"
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         error = Unwritable(error.filename or "what is printed", error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -89,10 +87,11 @@ def _end(error, name, is_started):
             f"out of memory ({reason}): lower --config.num_seeds or batch_size, in another "
             "--workdir, or give fewer rows"
         )
-    if isinstance(error, Unwritable):
+    if isinstance(error, (BrokenPipeError, Unwritable)):
+        text = error if isinstance(error, Unwritable) else text
         for stream in (sys.stderr, sys.stdout):  # if it is not the one that is full
             with contextlib.suppress(OSError):
-                print(f"{name}: {error}", file=stream, flush=True)
+                print(f"{name}: {text}", file=stream, flush=True)
                 break
         os._exit(1)  # open files would try again, and fill the screen
     if isinstance(error, InputError):

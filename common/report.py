@@ -55,11 +55,13 @@ class Lines:
     def write(self, text: str) -> None:
         text = text.strip()
         if text and text != self.last:
-            print(text, file=sys.stderr)
+            with contextlib.suppress(OSError):  # a bar is no reason to end a run
+                print(text, file=sys.stderr)
             self.last = text
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def writes(method):
