@@ -213,17 +213,25 @@ class OnlineLoop:
             self.alone.append((time.perf_counter() - started) / self.steps)
 
     def collected(self, _, steps, seconds, envs):
+        if not steps:  # before the first
+            return
         self.seconds.append((seconds / steps, envs.seconds / steps, *self.alone))
         envs.seconds, envs.finished = 0.0, []
 
     def compiling(self):
         return contextlib.nullcontext()
 
-    def has(self, _):
-        return False
+    def done(self, _):
+        return 0
 
     def restore(self, _, tree):
-        return tree, 0
+        return tree
+
+    def is_due(self, _):
+        return False
+
+    def evaluating(self, *_):
+        return contextlib.nullcontext()
 
     def interval(self, *_):
         pass

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import os
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,25 @@ DIFFERENT = set(
     load_data main UPDATES_PER_CALL
 """.split()
 )
+
+
+def test_the_benchmark_stands_in_for_all_of_the_log_that_finetune_uses():
+    """Or `benchmarks/speed.py` breaks, which no other test runs."""
+    path = os.path.join(ROOT, "benchmarks", "speed.py")
+    with open(path) as file:
+        (loop,) = [
+            node
+            for node in ast.parse(file.read()).body
+            if isinstance(node, ast.ClassDef) and node.name == "OnlineLoop"
+        ]
+    names = {node.name for node in loop.body if isinstance(node, ast.FunctionDef)}
+    for node in loop.body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets}
+    for script in SCRIPTS:
+        body = source(script).split("def finetune")[1].split("\n# ---")[0]
+        used = set(re.findall(r"\blog\.(\w+)", body))
+        assert len(used) > 5 and used <= names, used - names
 
 
 def source(name):
