@@ -1,1 +1,1 @@
-"""Data loading, evaluation and reporting: what the scripts share. Nothing here is algorithmic."""
+"""Data, environments, evaluation and run folders: what both scripts share around the algorithm."""

@@ -27,60 +27,61 @@ ANTMAZE = {
     "antmaze-large-play-v2": (5.0, 5.0),
     "antmaze-large-diverse-v2": (5.0, 5.0),
 }
-TASKS = (
-    "demo",
-    "demo-sparse",
-    "custom",
-    *MUJOCO,
-    *ANTMAZE,
-)  # custom: your own data, the paper's sizes
+# custom: your own data, with the paper's sizes
+TASKS = ("demo", "demo-sparse", "custom", *MUJOCO, *ANTMAZE)
 
 
 def defaults():
     """The authors' settings where they are the same for every MuJoCo task."""
     c = ml_collections.ConfigDict()
 
-    # data and evaluation
+    # data
     c.task = "custom"
-    c.seed = 0
-    c.num_seeds = 1  # seeds seed, seed + 1, ... train together in one program
     # demo | demo-sparse | <D4RL task> | d4rl:<HDF5 file> | <Minari id>
     c.dataset = config_dict.placeholder(str)
     c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
-    c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one the data names
+    c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one that the data name
     c.physics = config_dict.placeholder(str)  # d4rl | stock; by default d4rl for D4RL's tasks
     c.observation_keys = ""  # of dictionary observations, such as observation,desired_goal
-    c.d4rl_rows = "all"  # all | qlearning (as D4RL's qlearning_dataset drops some)
+    c.d4rl_rows = "all"  # all | qlearning: only those that D4RL's qlearning_dataset keeps
     c.normalize_observations = True
     c.reward_scale = 1.0
     c.reward_bias = 0.0
+
+    # the run
+    c.seed = 0
+    c.num_seeds = 1  # seed, seed + 1, ... train together in one program
     c.offline_steps = 1_000_000
-    c.online_steps = 0  # environment steps after them; the paper's are 250_000
+    c.online_steps = 0  # environment steps afterwards; the paper takes 250_000
+    # A run of another length than full_length scales eval_interval, update_period and iql_steps in
+    # proportion, and coefficient_lr inversely, unless they are given on the command line.
+    c.full_length = 1_000_000
     c.eval_interval = 5_000  # updates offline, environment steps online
     c.eval_episodes = 10
+    c.updates_per_call = 50  # in one compiled call, at most; a divisor of eval_interval is used
+    c.checkpoint_minutes = 1.0  # between checkpoints; 0: only before evaluations
     c.cache_dir = "~/.cache/ssar-jax"  # IQL labels, copies of Minari data, compiled programs
-    c.checkpoint_minutes = 1.0  # from one to the next; 0: before every evaluation
 
     # CQL
-    c.matmul_precision = "float32"  # or bfloat16: operands of all products but β_φ's
+    c.matmul_precision = "float32"  # or bfloat16, as JAX understands it; β_φ stays in float32
     c.batch_size = 256
     c.discount = 0.99
     c.target_update_rate = 0.005
     c.actor_lr = 3e-5
     c.critic_lr = 3e-4
     c.hidden_dims = (256, 256, 256)
-    c.critic_layers = (3, 3)  # hidden layers of either critic, as wide as the actor's
+    c.critic_layers = (3, 3)  # hidden layers of each critic, as wide as the actor's
     c.num_sampled_actions = 10  # from each of three sources
     c.importance_sample = True
     c.cql_temperature = 1.0
-    c.clip_diff_min = config_dict.placeholder(float)  # bounds of the regulariser, if any
+    c.clip_diff_min = config_dict.placeholder(float)  # bounds of the regulariser
     c.clip_diff_max = config_dict.placeholder(float)
     c.lagrange = False
     c.target_action_gap = 0.8  # with lagrange
     c.max_target_backup = False
     c.backup_entropy = False
     c.bc_weight = 0.0
-    # rows whose sampled actions are scored at once: None is 32 on a CPU, elsewhere the whole batch
+    # states whose sampled actions are scored at once; by default 32 on a CPU, else the whole batch
     c.block_size = config_dict.placeholder(int)
 
     # the coefficient β_φ and its threshold C_n
@@ -91,25 +92,24 @@ def defaults():
     c.coefficient_hidden_dims = (512, 512, 512)
     c.n_start = 1.0
     c.n_end = 3.0
-    c.update_period = 50_000
+    c.update_period = 50_000  # T_inc
 
     # the trusted sub-dataset D̂
     c.selection = "iql"  # none | return | success | iql
-    c.return_threshold = config_dict.placeholder(float)
+    c.return_threshold = config_dict.placeholder(float)  # G_T
     c.expectile = 0.7
     c.iql_steps = 1_000_000
     c.select_actions = True
     c.loosen_bound = True
 
     # online
-    c.offline_checkpoint = config_dict.placeholder(str)  # the folder of a run to go on from
-    c.buffer_init = "part"  # offline rows in use: all | half a batch | part (50 best) | none
-    c.buffer_capacity = config_dict.placeholder(
-        int
-    )  # of the replay buffer; by default online_steps
-    c.warmup_steps = 5_000  # without updates
+    c.offline_checkpoint = config_dict.placeholder(str)  # the folder of a run to fine-tune
+    # offline transitions in use: all | half (of each batch) | part (the 50 best episodes) | none
+    c.buffer_init = "part"
+    c.buffer_capacity = config_dict.placeholder(int)  # by default online_steps
+    c.warmup_steps = 5_000  # environment steps before the first update
     c.anneal = "cosine"  # how the frozen β_φ fades: linear | cosine | none
-    c.decay_steps = 400_000  # in as many updates
+    c.decay_steps = 400_000  # updates until it has faded; 0 or less: never
     return c
 
 
@@ -131,12 +131,14 @@ def get_config(task="demo"):
         c.n_start, c.n_end = ANTMAZE[task]
         c.selection, c.loosen_bound, c.buffer_init = "success", False, "all"
         c.normalize_observations, c.reward_scale, c.reward_bias = False, 10.0, -5.0
-        c.offline_steps, c.eval_interval, c.eval_episodes = 2_000_000, 50_000, 100
+        c.offline_steps = c.full_length = 2_000_000
+        c.eval_interval, c.eval_episodes = 50_000, 100
         c.actor_lr, c.coefficient_init, c.critic_layers = 1e-4, 5.0, (5, 3)
         c.lagrange, c.clip_diff_min = True, -200.0
         c.max_target_backup, c.bc_weight = True, 0.5
     else:
-        c.offline_steps, c.eval_interval, c.eval_episodes = 10_000, 500, 20
+        c.offline_steps = c.full_length = c.iql_steps = 10_000
+        c.eval_interval, c.eval_episodes = 500, 20
         c.hidden_dims, c.coefficient_hidden_dims = (128, 128, 128), (128, 128, 128)
         c.num_sampled_actions, c.actor_lr = 4, 3e-4
         if task == "demo":

@@ -1,4 +1,4 @@
-"""Keeps every test away from the user's own runs, caches and Minari data."""
+"""Keeps every test away from the user's own runs, caches and data sets."""
 
 import atexit
 import os
@@ -6,19 +6,21 @@ import shutil
 import sys
 import tempfile
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+TESTS = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 
 SCRATCH = tempfile.mkdtemp(prefix="ssar-tests-")
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+os.environ["SSAR_TEST_SCRATCH"] = SCRATCH
 os.environ["MINARI_DATASETS_PATH"] = os.path.join(SCRATCH, "minari")
+os.environ["D4RL_DATASET_DIR"] = os.path.join(SCRATCH, "d4rl")
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"  # golden numbers and bitwise comparisons are the CPU's
-# Tests compile for longer than they run: LLVM's optimisations are left out, XLA's are not.
+# Tests compile for longer than they run: this leaves out LLVM's optimisations, not XLA's.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
-# Programs are compiled more than once, and by several pytest-xdist workers.
+# Tests compile the same programs more than once, and in several processes.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(SCRATCH, "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.makedirs(os.environ["MINARI_DATASETS_PATH"])
-os.environ["D4RL_DATASET_DIR"] = os.path.join(SCRATCH, "d4rl")

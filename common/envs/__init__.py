@@ -1,0 +1,1 @@
+"""Environments: made by name, D4RL's physics, AntMaze."""

@@ -1,0 +1,132 @@
+"""Checkpoints: one file each, a SHA-256 followed by msgpack, written whole or not at all."""
+
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import serialization
+
+from common.run.errors import InputError, Unwritable
+
+PHASES = ("iql", "offline", "online")  # of a run, in this order
+
+
+@contextlib.contextmanager
+def writing(path: str):
+    """Raises Unwritable when the system cannot write."""
+    try:
+        yield
+    except BrokenPipeError:  # concerns the screen, not a file
+        raise
+    except OSError as error:
+        raise Unwritable(error.filename or path, error) from None
+
+
+def write(path: str, content: dict) -> None:
+    """Replaces a file with nested dictionaries of arrays, numbers and text. Raises Unwritable."""
+    data = serialization.msgpack_serialize(content)
+    with writing(path):
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(hashlib.sha256(data).digest())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+        if _read(path) != data:
+            raise OSError("it reads back differently")
+
+
+def _read(path):
+    with open(path, "rb") as file:
+        digest, data = file.read(32), file.read()
+    if hashlib.sha256(data).digest() != digest:
+        raise OSError("its checksum does not match")
+    return data
+
+
+def to_dict(tree) -> dict:
+    """A tree of arrays as nested dictionaries of NumPy arrays, PRNG keys as their words."""
+    words = lambda x: jax.random.key_data(x) if _is_key(x) else x
+    return serialization.to_state_dict(jax.device_get(jax.tree.map(words, tree)))
+
+
+def from_dict(like, content: dict, what: str):
+    """The inverse of to_dict: a tree like `like` in structure, shapes, types and devices.
+
+    Raises InputError, beginning with `what`, when the content does not fit.
+    """
+
+    def fit(like, x):
+        words, x = jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like, np.array(x)
+        if (x.shape, x.dtype) != (words.shape, words.dtype):
+            raise ValueError(f"{x.dtype}{list(x.shape)} is not {words.dtype}{list(words.shape)}")
+        x = jax.random.wrap_key_data(x) if _is_key(like) else x
+        return jax.device_put(x, getattr(like, "sharding", None))
+
+    try:
+        return jax.tree.map(fit, like, serialization.from_state_dict(like, content))
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what} is of another script or version ({reason})") from None
+
+
+def _is_key(x):
+    return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def list_unfinished(folder: str, phase: str = "*") -> list[str]:
+    """The checkpoints <phase>-<step>.msgpack in a folder, the newest first."""
+    place = lambda path: (PHASES.index(path.stem.split("-")[0]), int(path.stem.split("-")[1]))
+    return [str(x) for x in sorted(Path(folder).glob(f"{phase}-*.msgpack"), key=place)][::-1]
+
+
+def load_newest(folder: str, phase: str = "*") -> dict | None:
+    """The newest intact checkpoint, None without one; broken ones are renamed with a warning."""
+    for path in list_unfinished(folder, phase):
+        try:
+            return serialization.msgpack_restore(_read(path))
+        except OSError as error:
+            os.replace(path, f"{path}.broken")
+            print(f"warning: {path} is broken ({error}): using the one before", file=sys.stderr)
+    return None
+
+
+def save_checkpoint(workdir: str, name: str, state, trusted, dataset) -> None:
+    """Writes what training made, arrays [S, ...] and D̂ bool [S, N], to <workdir>/<name>.msgpack."""
+    content = {"state": to_dict(state), "trusted": np.asarray(trusted)}
+    content["normalizer"] = {"mean": dataset.normalizer.mean, "std": dataset.normalizer.std}
+    content["fingerprint"] = dataset.fingerprint
+    write(os.path.join(workdir, f"{name}.msgpack"), content)
+
+
+def load_checkpoint(workdir: str, name: str = "checkpoint") -> dict:
+    """What save_checkpoint wrote, as nested dictionaries of NumPy arrays. Raises InputError."""
+    path = os.path.join(os.path.expanduser(workdir), f"{name}.msgpack")
+    try:
+        return serialization.msgpack_restore(_read(path))
+    except OSError as error:
+        reason = error.strerror or error
+        fix = "name the folder of a run whose training has ended"
+        raise InputError(f"no usable checkpoint {path} ({reason}): {fix}") from None
+
+
+def load_offline(config, dataset, like):
+    """State and D̂, bool [S, N], at the end of offline training in config.offline_checkpoint.
+
+    like: a tree of the state's shapes. Raises InputError.
+    """
+    flag = f"--config.offline_checkpoint={config.offline_checkpoint}"
+    name = "offline_checkpoint"  # of a run that continued online
+    workdir = os.path.expanduser(config.offline_checkpoint)
+    if not os.path.exists(os.path.join(workdir, f"{name}.msgpack")):
+        name = "checkpoint"
+    saved = load_checkpoint(workdir, name)
+    if saved["fingerprint"] != dataset.fingerprint:
+        raise InputError(f"{flag} was trained on other data than {dataset.source}: name its own")
+    if np.any(saved["state"].get("online_step", 0)):
+        raise InputError(f"{flag} was already trained online: name an offline run")
+    return from_dict(like, saved["state"], flag), saved["trusted"]

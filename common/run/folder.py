@@ -1,0 +1,248 @@
+"""Run: everything that the training loops need of their run folder."""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from common.run import checkpoint, diagnosis
+from common.run.errors import Diverged, InputError
+from common.run.records import Records, print_table
+from common.run.stopping import is_told, stop_if_told
+from common.run.workdir import as_json, is_unfinished, lock_folder, set_aside, write_json
+
+_open = []  # the run of this process that holds a lock, writers and a progress bar
+
+
+def close_run() -> str | None:
+    """Releases what the latest run holds; returns where its latest checkpoint is, if anywhere."""
+    if not _open:
+        return None
+    run = _open.pop()
+    with contextlib.suppress(OSError):
+        run._held.close()
+    return run._saved
+
+
+def explain(error: Diverged) -> Diverged:
+    """What the latest run's pending metrics say about a divergence that was seen elsewhere."""
+    try:
+        if _open:
+            _open[-1]._collect()
+    except Diverged as named:
+        return named
+    return error
+
+
+class Run:
+    """One run and its folder: six methods, the step of the current phase, and the folder's path.
+
+    Raises Unwritable, from every method, when the folder cannot be written.
+    """
+
+    def __init__(self, script, workdir, config, dataset, resume):
+        """Begins the run in `workdir`, or resumes it. Raises InputError if it is in use."""
+        close_run()
+        self.workdir, self.step, self._phase = workdir, 0, None
+        self._script, self._config, self._dataset = script, config, dataset
+        self._unfinished = os.path.join(workdir, "unfinished")
+        self._sums, self._pending, self._size = {}, [], 1
+        self._calls, self._warned, self._saved = {}, set(), None  # calls: {phase: seconds of each}
+        self._began = self._saved_at = time.perf_counter()
+        self._bar, self._held = tqdm(disable=True), contextlib.ExitStack()
+        _open.append(self)
+        with checkpoint.writing(workdir):
+            os.makedirs(workdir, exist_ok=True)
+            self._held.enter_context(lock_folder(workdir))
+            newest = resume and is_unfinished(workdir) and checkpoint.load_newest(self._unfinished)
+            if newest and newest["data"] != dataset.fingerprint:
+                fix = "restore them, choose another folder, or set that run aside with --noresume"
+                raise InputError(f"the unfinished run in {workdir} had other data: {fix}")
+            if not newest:
+                set_aside(workdir)
+                write_json(os.path.join(workdir, "config.json"), config.to_dict())
+            os.makedirs(self._unfinished, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(workdir, "diverged.txt"))
+            self._records = Records(workdir, config, dataset)
+            self._held.callback(self._records.close)
+            if newest:
+                self._records.evaluations = newest["evaluations"]
+                self._records.episodes = newest["episodes"]
+                self._records.write()
+                self._began -= newest["seconds"]
+                self._saved = f"{newest['phase']} step {newest['step']}"
+                print(f"resumes {workdir} after {self._saved}", flush=True)
+
+    def resume(self, phase: str, tree, total: int):
+        """Begins a phase; returns `tree` as this run last saved it in that phase, else as it is."""
+        stop_if_told()
+        self._phase, self._total, self._calls[phase] = phase, total, []
+        self.step, self._sums = 0, {}
+        if saved := checkpoint.load_newest(self._unfinished, phase):
+            what = f"the unfinished run in {self.workdir}"
+            tree = checkpoint.from_dict(tree, saved["tree"], what)
+            self.step, self._sums = saved["step"], saved["sums"]
+        unit, pause = "step" if phase == "online" else "update", 0.5 if sys.stderr.isatty() else 30
+        bar = {"total": total, "initial": self.step, "disable": self.step >= total, "unit": unit}
+        self._bar.close()
+        self._bar = tqdm(desc=phase, unit_scale=True, dynamic_ncols=True, mininterval=pause, **bar)
+        self._held.callback(self._bar.close)
+        return tree
+
+    def steps(self, until: int, size: int = 1):
+        """Yields the number of steps done after each compiled call of `size`, up to `until`."""
+        self._size = size
+        while self.step + size <= until:
+            began = time.perf_counter()
+            self.step += size
+            yield self.step
+            self._calls[self._phase].append(time.perf_counter() - began)
+            self._bar.update(size)
+
+    def log(self, step: int, metrics: dict, finished=()) -> None:
+        """Adds the metrics, [S] each, of a compiled call, and episodes. Raises Diverged."""
+        for episode in finished:
+            score, seed = self._dataset.score(episode.episode_return), self._config.seed
+            row = {"step": episode.step, "seed": seed + episode.slot, "score": score}
+            row |= {"return": episode.episode_return, "length": episode.length}
+            self._records.episodes.append(row | {"success": episode.success})
+        self._pending.append((step, metrics))
+        if self._phase != "online" or len(self._pending) >= 500:
+            self._collect()
+
+    def _collect(self):
+        """Adds the pending metrics to the sums of the interval. Raises Diverged."""
+        pending, self._pending = self._pending, []
+        # Unlike np.asarray, block_until_ready lets signals be heard.
+        for step, metrics in jax.device_get(jax.block_until_ready(pending)):
+            values = {name: np.asarray(x, np.float64) for name, x in metrics.items()}
+            self._check([name for name, x in values.items() if not np.isfinite(x).all()], step)
+            for name, x in values.items():
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = [total + self._size * x, count + self._size]
+
+    def _check(self, broken, step):
+        """Raises Diverged if anything is broken: β is named first, then the losses."""
+        if not broken:
+            return
+        broken.sort(key=lambda name: ("beta" not in name, "loss" not in name))
+        where = f"updates {step - self._size + 1} to {step}"
+        where = f"environment step {step}" if self._phase == "online" else where
+        cause = diagnosis.likely_cause(self._config, self._records.evaluations, self._dataset)
+        kept = "no checkpoint was due before"
+        if self._saved:
+            kept = f"the last finite checkpoint, {self._saved}, stays in {self._unfinished}"
+        names = ", ".join(broken[:4])
+        message = f"diverged: {names} not finite in {where} ({self._phase}): {cause}; {kept}"
+        with contextlib.suppress(OSError):
+            with open(os.path.join(self.workdir, "diverged.txt"), "w") as file:
+                print(message, file=file)
+        raise Diverged(message)
+
+    def save(self, step: int, tree) -> None:
+        """Writes a checkpoint if one is due; raises Stopped afterwards if told to stop.
+
+        Due: at the end of an interval or a phase, every checkpoint_minutes, and when told to stop.
+        Raises Diverged when the tree is not finite.
+        """
+        ends = step == self._total or self._phase != "iql" and not step % self._config.eval_interval
+        seconds, now = 60 * self._config.checkpoint_minutes, time.perf_counter()
+        if not (ends or is_told() or 0 < seconds <= now - self._saved_at):
+            return
+        self._collect()
+        content = {"phase": self._phase, "step": step, "data": self._dataset.fingerprint}
+        content |= {"tree": checkpoint.to_dict(tree), "sums": self._sums}
+        self._check(diagnosis.broken_parts(content["tree"]), step)
+        content |= {key: getattr(self._records, key) for key in ("evaluations", "episodes")}
+        path = os.path.join(self._unfinished, f"{self._phase}-{step}.msgpack")
+        checkpoint.write(path, content | {"seconds": now - self._began})
+        with checkpoint.writing(path):
+            for old in checkpoint.list_unfinished(self._unfinished, self._phase)[2:]:
+                os.remove(old)
+        self._saved, self._saved_at = f"{self._phase} step {step}", time.perf_counter()
+        stop_if_told()
+
+    def evaluate(self, step: int, play, n) -> None:
+        """Adds the evaluation play() -> Episodes unless it was made before; n: [S]."""
+        rows = self._records.evaluations
+        if any((row["phase"], row["step"]) == (self._phase, step) for row in rows):
+            return
+        self._collect()
+        sums, self._sums = self._sums, {}
+        self._bar.set_description(f"{self._phase}, evaluating", refresh=sys.stderr.isatty())
+        episodes = play()
+        self._bar.set_description(self._phase, refresh=False)
+        returns, scores = episodes.returns, self._dataset.score(episodes.returns)
+        columns = {"score": scores.mean(1), "return_mean": returns.mean(1)}
+        columns |= {"return_std": returns.std(1), "success_rate": episodes.success.mean(1)}
+        columns |= {name: total / count for name, (total, count) in sums.items()}
+        columns["n"] = np.asarray(n)
+        for i, seed in enumerate(self._records.seeds):
+            row = {"phase": self._phase, "step": step, "seed": seed, "episodes": returns.shape[1]}
+            rows.append(row | {name: float(x[i]) for name, x in columns.items()})
+        with checkpoint.writing(self.workdir):
+            self._records.write()
+        self._warn(diagnosis.warnings(self._config, self._dataset, self._records))
+        self._bar.set_postfix(score=columns["score"].mean(), n=columns["n"].mean(), refresh=False)
+
+    def _warn(self, warnings):
+        """Prints each kind of warning once."""
+        for warning in warnings:
+            kind = warning.partition(":")[0]
+            if kind not in self._warned:
+                tqdm.write(f"warning: {warning}", file=sys.stderr)
+            self._warned.add(kind)
+
+    def finish(self, n_stopped_at, trusted_fraction) -> dict:
+        """Writes results.json, timing.json and the picture; returns the content of results.json.
+
+        n_stopped_at: [S], the update at which n stopped, negative for never. trusted_fraction: [S].
+        """
+        from common.run.plot import plot_run
+
+        self._bar.close()
+        config, stops = self._config, [int(x) if x >= 0 else None for x in np.asarray(n_stopped_at)]
+        fractions = [float(x) for x in trusted_fraction]
+        warnings = diagnosis.warnings(config, self._dataset, self._records, fractions)
+        results = {"algorithm": self._script, "task": config.task, "seeds": self._records.seeds}
+        results |= self._records.results() | {"n_stopped_at": stops, "warnings": warnings}
+        results = as_json(results | {"trusted_fraction": fractions})
+        timing, path = self._timing(), lambda name: os.path.join(self.workdir, name)
+        with checkpoint.writing(self.workdir):
+            plot_run(path("learning_curve.png"), self._records, results, config)
+            write_json(path("timing.json"), timing)
+            write_json(path("results.json"), results)  # the run is finished from here on
+        with contextlib.suppress(OSError):
+            for old in reversed(checkpoint.list_unfinished(self._unfinished)):
+                os.remove(old)
+            shutil.rmtree(self._unfinished)
+            os.remove(path("lock"))
+        close_run()
+        print_table(results)
+        speed = f"{timing['updates_per_second'] or 0:.0f} updates/s"
+        print(f"{speed}, {timing['wall_seconds']:.0f} s in all -> {self.workdir}", flush=True)
+        self._warned.clear()
+        self._warn(warnings)
+        return results
+
+    def _timing(self):
+        """Medians over the compiled calls of this process; null for phases without any."""
+        config, calls = self._config, {phase: x for phase, x in self._calls.items() if x}
+        if "online" in calls:  # with an update, unlike those of the warm-up
+            calls["online"] = calls["online"][-(config.online_steps - config.warmup_steps) :]
+        median = {phase: float(np.median(x[1:] or x)) for phase, x in calls.items()}
+        offline = config.updates_per_call / median["offline"] if "offline" in median else None
+        online = 1 / median["online"] if "online" in median else None
+        return {
+            "updates_per_second": offline or online,
+            "online_updates_per_second": online,
+            "env_steps_per_second": online and online * config.num_seeds,
+            "compile_seconds": sum(x[0] - median[phase] for phase, x in calls.items()),
+            "wall_seconds": time.perf_counter() - self._began,
+        }

@@ -1,0 +1,169 @@
+"""Settings: what cannot work is named before anything is compiled or written."""
+
+import math
+import os
+import re
+
+import jax
+import ml_collections
+
+from common.run.errors import InputError
+from common.run.workdir import check_folder, check_same, load_settings
+
+CHOICES = {
+    "coefficient": ("adaptive", "fixed"),
+    "selection": ("none", "return", "success", "iql"),
+    "anneal": ("linear", "cosine", "none"),
+    "buffer_init": ("all", "half", "part", "none"),
+    "physics": (None, "d4rl", "stock"),
+    "matmul_precision": ("float32", "bfloat16"),
+    "d4rl_rows": ("all", "qlearning"),
+}
+INT, FLOAT = 2**31 - 1, 1e30
+# Fields, and the smallest and the largest value that each may have.
+BOUNDS = (
+    ("num_seeds", 1, 4096),
+    ("batch_size", 1, 2**20),
+    ("eval_interval eval_episodes policy_freq new_policy_freq update_period", 1, INT),
+    ("iql_steps num_sampled_actions block_size buffer_capacity updates_per_call", 1, INT),
+    ("offline_steps online_steps warmup_steps", 0, INT),
+    ("seed", 0, INT - 4096),
+    ("decay_steps", -1, INT),
+    ("discount target_update_rate expectile actor_lr critic_lr coefficient_lr", 0, 1),
+    ("checkpoint_minutes policy_noise noise_clip expl_noise exploration_noise", 0, FLOAT),
+    ("coefficient_init bc_weight n_start n_end", 0, FLOAT),
+    ("cql_temperature", 1e-6, FLOAT),
+    ("reward_scale reward_bias target_action_gap return_threshold", -FLOAT, FLOAT),
+    ("clip_diff_min clip_diff_max", -math.inf, math.inf),
+)
+# A field, a test of it and of all settings c, and what is wrong where the test fails.
+RULES = (
+    ("task", lambda x, c: re.fullmatch(r"\w[\w.-]*", x),
+     "must be letters, digits, . _ and -, because it names a folder"),
+    ("hidden_dims", lambda x, c: are_sizes(x), "must be layer widths, such as (256,256)"),
+    ("coefficient_hidden_dims", lambda x, c: are_sizes(x), "must be layer widths"),
+    ("hidden_dims", lambda x, c: "critic_layers" not in c or len(set(x)) == 1,
+     "must be equal widths, because the critics have them too"),
+    ("critic_layers", lambda x, c: len(x) == 2 and are_sizes(x),
+     "must be the numbers of hidden layers of two critics, such as (3,3)"),
+    ("clip_diff_min", lambda x, c: c.clip_diff_max is None or x < c.clip_diff_max,
+     "must be below --config.clip_diff_max={c.clip_diff_max}"),
+    ("n_start", lambda x, c: x <= c.n_end, "must be at most --config.n_end={c.n_end}"),
+    ("coefficient_init", lambda x, c: x or c.coefficient == "fixed",
+     "leaves nothing to adapt: give more, or coefficient=fixed"),
+    ("selection", lambda x, c: x != "return" or c.return_threshold is not None or
+     c.coefficient == "fixed", "needs a --config.return_threshold"),
+    ("warmup_steps", lambda x, c: not c.online_steps or x < c.online_steps,
+     "leaves no update in --config.online_steps={c.online_steps}"),
+    ("online_steps", lambda x, c: x or not c.offline_checkpoint,
+     "leaves nothing to do: give the number of environment steps"),
+    ("offline_steps", lambda x, c: x or c.online_steps,
+     "leaves nothing to do: give it or --config.online_steps"),
+    ("buffer_init", lambda x, c: c.dataset or c.dataset_path or not c.offline_steps and x == "none",
+     "needs a --config.dataset; only offline_steps=0 with buffer_init=none goes without"),
+)  # fmt: skip
+MULTIPLES = (
+    ("updates_per_call", "policy_freq"),
+    ("update_period", "policy_freq"),
+    ("eval_interval", "policy_freq"),
+    ("eval_interval", "updates_per_call"),
+    ("offline_steps", "eval_interval"),
+)  # of runs that train offline
+# What a run from an offline checkpoint, and what a resumed run, may set anew.
+ONLINE_FIELDS = """online_steps warmup_steps buffer_init buffer_capacity anneal decay_steps
+    new_policy_freq exploration_noise eval_interval eval_episodes offline_checkpoint dataset
+    dataset_path cache_dir checkpoint_minutes updates_per_call block_size""".split()
+MAY_CHANGE = ("cache_dir", "dataset_path", "checkpoint_minutes", "block_size")
+
+
+def are_sizes(values) -> bool:
+    """Whether these are whole numbers of at least 1, and not none of them."""
+    return bool(values) and all(isinstance(x, int) and x > 0 for x in values)
+
+
+def prepare(config, workdir: str | None, name: str, resume: bool = True):
+    """Checks everything; returns the frozen settings to use and the run folder's absolute path.
+
+    name: of the script. Raises InputError.
+    """
+    config = ml_collections.ConfigDict(config)
+    default = f"runs/{name}/{config.task}/{config.seed}"
+    if config.offline_checkpoint:
+        default = config.offline_checkpoint.rstrip("/") + "-online"
+    workdir = os.path.abspath(os.path.expanduser(workdir or default))
+    iql_steps = config.iql_steps if needs_iql(config) else 0
+    sizes = divisors(math.gcd(config.eval_interval, iql_steps), config.get("policy_freq", 1))
+    sizes = [size for size in sizes if size <= config.updates_per_call]
+    config.updates_per_call = max(sizes, default=config.updates_per_call)
+    if config.get("block_size", 0) is None and jax.default_backend() == "cpu":
+        config.block_size = 32 if jax.local_device_count() == 1 else None  # devices would wait
+    check_settings(config)
+    check_folder(workdir, config, resume, MAY_CHANGE)
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    return ml_collections.FrozenConfigDict(config), workdir
+
+
+def needs_iql(config) -> bool:
+    """Whether IQL has to label the data."""
+    adaptive = config.coefficient == "adaptive" and not config.offline_checkpoint
+    return adaptive and config.selection == "iql"
+
+
+def divisors(number: int, factor: int) -> list[int]:
+    """The divisors of a number that are multiples of `factor`, in increasing order."""
+    factor = max(factor, 1)
+    return [d for d in range(factor, number + 1, factor) if number % d == 0]
+
+
+def scale_settings(config, given) -> None:
+    """Fits settings to an offline_steps that was `given` in place of the task's full_length.
+
+    Periods and lengths change in proportion, β_φ's learning rate inversely. Fields that were given
+    too stay as they are.
+    """
+    share = config.offline_steps / config.get("full_length", math.inf)
+    if "offline_steps" not in given or not share or config.offline_checkpoint:
+        return
+    scaled = {"update_period", "eval_interval", "iql_steps", "coefficient_lr"} - set(given)
+    together = max(config.get("policy_freq", 1), 1)
+    if "update_period" in scaled:
+        config.update_period = max(round(config.update_period * share / together), 1) * together
+    if "eval_interval" in scaled:
+        distance = lambda d: abs(math.log(d / config.eval_interval / share))
+        lengths = divisors(math.gcd(config.offline_steps, config.online_steps), together)
+        config.eval_interval = min(lengths, key=distance, default=config.eval_interval)
+    if "iql_steps" in scaled:
+        intervals = round(config.iql_steps * share / config.eval_interval)
+        config.iql_steps = max(intervals, 1) * config.eval_interval
+    if "coefficient_lr" in scaled:
+        config.coefficient_lr = min(config.coefficient_lr / share, 1.0)
+
+
+def check_settings(config) -> None:
+    """Raises InputError, naming the field and the fix, for values that cannot work."""
+
+    def refuse(field, why):
+        alias = " (cql_alpha)" if field == "coefficient_init" and "cql_alpha" in config else ""
+        raise InputError(f"--config.{field}={config[field]}{alias} {why}")
+
+    if source := config.offline_checkpoint:
+        flag = f"--config.offline_checkpoint={source}"
+        fix = "use that run's script, and leave out its settings and --config="
+        check_same(load_settings(source), config, ONLINE_FIELDS, f"{flag} is a run", fix)
+    for field, known in CHOICES.items():
+        if config.get(field) not in known:
+            refuse(field, f"is unknown: choose one of {', '.join(filter(None, known))}")
+    for fields, low, high in BOUNDS:
+        for field in fields.split():
+            if config.get(field) is not None and not low <= config[field] <= high:
+                bound = f"at most {high}" if config[field] > high else f"at least {low}"
+                refuse(field, f"must be {bound}")
+    for field, passes, why in RULES:
+        if config.get(field) is not None and not passes(config[field], config):
+            refuse(field, why.format(c=config))
+    multiples = [("online_steps", "eval_interval")]
+    if config.offline_steps and not config.offline_checkpoint:
+        multiples += MULTIPLES + (("iql_steps", "updates_per_call"),) * needs_iql(config)
+    for field, divisor in multiples:
+        if config.get(field, 0) % config.get(divisor, 1):
+            refuse(field, f"must be a multiple of --config.{divisor}={config[divisor]}")

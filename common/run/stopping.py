@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM: the first one asks the run to save and stop, the second ends it at once."""
+
+import contextlib
+import signal
+import sys
+import threading
+
+from common.run.errors import Stopped
+
+_received = []  # the signal that asks the run to stop
+
+
+def catch_signals() -> None:
+    """From now on the first Ctrl-C or SIGTERM sets a flag that the run looks at between steps.
+
+    A SIGTERM handler that is already installed, such as a scheduler's, stays. Python allows
+    handlers in the main thread only; elsewhere this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    _received.clear()
+    signal.signal(signal.SIGINT, _ask_to_stop)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _ask_to_stop)
+
+
+def is_told() -> bool:
+    """Whether a signal has asked the run to stop."""
+    return bool(_received)
+
+
+def stop_if_told() -> None:
+    """Raises Stopped if a signal has asked the run to stop."""
+    if _received:
+        raise Stopped(_received[0])
+
+
+def _ask_to_stop(number, _):
+    _received.append(number)
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(caught) is _ask_to_stop:
+            signal.signal(caught, signal.SIG_DFL)
+    name = signal.Signals(number).name
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+        print(f"\n{name}: saving, then stopping; a second signal stops at once", file=sys.stderr)

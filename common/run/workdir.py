@@ -1,0 +1,106 @@
+"""Run folders: whose they are, what they hold, and how an earlier run makes room."""
+
+import glob
+import json
+import os
+import sys
+
+import filelock
+
+from common.run.errors import InputError
+
+
+def check_same(theirs: dict, config, free, what: str, fix: str) -> None:
+    """Raises InputError unless the settings are `theirs`, except in the `free` fields."""
+    mine = as_json(config.to_dict())
+    if foreign := sorted(set(theirs) - set(mine)):
+        raise InputError(f"{what} of another script, with {', '.join(foreign)}: {fix}")
+    fields = [x for x in sorted(set(mine) - set(free)) if mine[x] != theirs.get(x)]
+    if fields:
+        differing = ", ".join(f"{x}={mine[x]} (there {theirs.get(x)})" for x in fields)
+        raise InputError(f"{what} with other settings than {differing}: {fix}")
+
+
+def as_json(content):
+    """The content as JSON gives it back, with null for numbers that JSON cannot hold."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
+def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> dict:
+    """The settings of the run in `workdir`. Raises InputError when it holds no run."""
+    path = os.path.join(os.path.expanduser(workdir), "config.json")
+    try:
+        with open(path) as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or "not readable"
+        raise InputError(f"{flag}={workdir} is not a run folder ({path}: {reason})") from None
+
+
+def has(workdir: str, *patterns: str) -> bool:
+    """Whether there is a file of any of these patterns in `workdir`."""
+    return any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in patterns)
+
+
+def is_unfinished(workdir: str) -> bool:
+    """Whether `workdir` holds a run that can be resumed."""
+    return has(workdir, "config.json") and has(workdir, "unfinished/*.msgpack")
+
+
+def check_folder(workdir: str, config, resume: bool, may_change) -> None:
+    """Raises InputError when no run can be made in `workdir`, or resumed there.
+
+    may_change: settings in which a resumed run may differ.
+    """
+    flag, fix = f"--workdir={workdir}", "choose another folder"
+    source = os.path.realpath(os.path.expanduser(config.offline_checkpoint or ""))
+    if config.offline_checkpoint and os.path.realpath(workdir) == source:
+        raise InputError(f"{flag} is the run of --config.offline_checkpoint: {fix}")
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise InputError(f"{flag} is a file: {fix}")
+    found = set(os.listdir(workdir)) if os.path.isdir(workdir) else set()
+    found -= {"lock", "config.json.tmp"}
+    if found and found.isdisjoint({"config.json", "scores.csv", "unfinished"}):
+        raise InputError(f"{flag} holds files that are no run: {fix}")
+    if resume and "config.json" not in found and "scores.csv" in found:
+        raise InputError(f"{flag} is a run without config.json: {fix}, or give --noresume")
+    if resume and is_unfinished(workdir):
+        fix = f"give those to resume it, {fix}, or set it aside with --noresume"
+        settings = load_settings(workdir, "--workdir")
+        check_same(settings, config, may_change, f"{flag} is an unfinished run", fix)
+
+
+def lock_folder(workdir: str):
+    """The lock of a run folder, held until it is released or the process ends."""
+    lock = filelock.FileLock(os.path.join(workdir, "lock"))
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        fix = "wait for it, stop it, or choose another folder"
+        raise InputError(f"--workdir={workdir} is in use by another process: {fix}") from None
+
+
+def set_aside(workdir: str) -> None:
+    """Moves an earlier run, if there is one, to <workdir>.1, .2, ...; config.json goes last."""
+    workdir, number = os.path.realpath(workdir), 1
+    if not has(
+        workdir, "results.json", "scores.csv", "unfinished/*.msgpack", "unfinished/*.broken"
+    ):
+        return
+    names = sorted(set(os.listdir(workdir)) - {"lock"}, key=lambda name: name == "config.json")
+    while os.path.exists(aside := f"{workdir}.{number}"):
+        number += 1
+    os.makedirs(aside)
+    for name in names:
+        os.rename(os.path.join(workdir, name), os.path.join(aside, name))
+    print(f"the earlier run in {workdir} is now {aside}", file=sys.stderr)
+
+
+def write_json(path: str, content) -> None:
+    """Replaces a file as a whole. Raises OSError."""
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(as_json(content), file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)

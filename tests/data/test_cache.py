@@ -1,0 +1,78 @@
+"""Labels that are kept: made once, by one process, and again if their file is broken."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+from toys import tiny_config
+
+from common.data import cached_labels
+
+DATA = SimpleNamespace(fingerprint="0123456789abcdef")
+LABELS = np.array([[True, False, True]])
+
+
+def settings(folder, **overrides):
+    return tiny_config(cache_dir=str(folder), **overrides)
+
+
+def test_labels_are_kept_and_a_broken_file_is_made_again(tmp_path):
+    make, config = mock.Mock(return_value=LABELS), settings(tmp_path / "new")
+    for _ in range(2):
+        np.testing.assert_array_equal(cached_labels(make, DATA, config), LABELS)
+    assert make.call_count == 1
+    (file,) = (tmp_path / "new" / "labels").glob("*.npz")
+    written = file.read_bytes()
+    at = written.index(b"\x01\x00\x01", written.index(b"\n"))  # the labels, after NumPy's header
+    for broken in (written[:-1], b"", written[:at] + b"\x00" + written[at + 1 :]):
+        file.write_bytes(broken)
+        np.testing.assert_array_equal(cached_labels(make, DATA, config), LABELS)
+    assert make.call_count == 4
+
+
+def test_other_data_and_settings_need_labels_of_their_own(tmp_path):
+    make, calls = mock.Mock(return_value=LABELS), 1
+    cached_labels(make, DATA, settings(tmp_path))
+    others = {"seed": 1, "num_seeds": 2, "expectile": 0.5, "iql_steps": 60, "batch_size": 16}
+    others |= {"discount": 0.9, "target_update_rate": 0.01, "reward_scale": 2.0}
+    others |= {"reward_bias": -1.0, "matmul_precision": "bfloat16"}
+    for calls, (field, value) in enumerate(others.items(), start=2):
+        cached_labels(make, DATA, settings(tmp_path, **{field: value}))
+        assert make.call_count == calls, field
+    cached_labels(make, SimpleNamespace(fingerprint="other"), settings(tmp_path))
+    cached_labels(make, DATA, settings(tmp_path, update_period=20))  # labels do not depend on it
+    assert make.call_count == calls + 1
+
+
+def test_a_failure_of_the_work_is_not_hidden(tmp_path):
+    make = mock.Mock(side_effect=OSError(5, "of the work itself"))
+    with pytest.raises(OSError, match="of the work itself"):
+        cached_labels(make, DATA, settings(tmp_path))
+    assert make.call_count == 1 and not list(tmp_path.rglob("*.npz"))
+
+
+def test_several_processes_make_labels_once(tmp_path, capsys):
+    begun, proceed = threading.Event(), threading.Event()
+    make = lambda: begun.set() or proceed.wait(60) and LABELS
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cached_labels, make, DATA, settings(tmp_path))
+        begun.wait(60)
+        second = pool.submit(cached_labels, None, DATA, settings(tmp_path))
+        err = ""
+        while "waiting for the process that makes these labels" not in err:
+            err += capsys.readouterr().err
+        proceed.set()
+        np.testing.assert_array_equal(first.result(60), second.result(60))
+
+
+def test_labels_that_cannot_be_kept_cost_a_warning(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    warning = "cannot be kept (Not a directory): set --config.cache_dir"
+    make = lambda: LABELS if warning in capsys.readouterr().err else None  # before the work
+    assert cached_labels(make, DATA, settings(tmp_path / "file")) is LABELS
+    monkeypatch.setattr(np, "savez", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    assert cached_labels(lambda: LABELS, DATA, settings(tmp_path)) is LABELS
+    assert "cannot be kept (No space left on device)" in capsys.readouterr().err

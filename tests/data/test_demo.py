@@ -1,0 +1,70 @@
+"""The demos: what they hold, and that one process records them."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import minari
+import numpy as np
+import pytest
+from files import load
+
+from common.data import demo
+from common.run.errors import InputError
+
+
+@pytest.fixture
+def few_episodes(monkeypatch, tmp_path):
+    """A short demo, in a Minari folder of its own."""
+    monkeypatch.setattr(demo, "EPISODES", 3)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+
+
+def test_the_demo_is_a_real_minari_data_set():
+    data = load(None, dataset="demo", env=None, selection="none")
+    stored = minari.load_dataset("ssar-jax/reacher/mixed-v0")
+    returns = [episode.rewards.sum() for episode in stored.iterate_episodes()]
+    np.testing.assert_allclose(data.returns, returns, rtol=1e-5)
+    assert (data.env.id, data.observations.shape) == ("Reacher-v5", (30_000, 10))
+    assert data.score(data.returns).mean() == pytest.approx(54.07141, abs=1e-4)
+
+
+def test_the_sparse_demo_rewards_success_alone():
+    data = load(None, dataset="demo-sparse", env=None, selection="success")
+    np.testing.assert_array_equal(data.rewards, data.terminals)
+    assert (data.env.id, len(data.rewards)) == ("ssar-jax/SparseReacher-v0", 25_102)
+    assert data.score(data.returns).mean() == pytest.approx(26.8333, abs=1e-3)
+
+
+def test_several_that_want_the_demo_record_it_once(few_episodes, monkeypatch, capsys):
+    record, err = demo._record, ""
+    waiting = "waiting for the process that records the demo"
+
+    def record_when_the_others_wait(*args):
+        nonlocal err
+        while err.count(waiting) < 2:
+            err += capsys.readouterr().err
+        record(*args)
+
+    record_once = mock.Mock(side_effect=record_when_the_others_wait)
+    monkeypatch.setattr(demo, "_record", record_once)
+    with ThreadPoolExecutor(3) as pool:
+        ids = list(pool.map(demo.demo_dataset_id, ["demo"] * 3))
+    assert len(set(ids)) == 1 and record_once.call_count == 1
+    assert minari.load_dataset(ids[0]).total_episodes == 3
+
+
+@pytest.mark.parametrize("missing", ["metadata.json", "main_data.hdf5"])
+def test_a_recording_that_was_killed_is_made_again(missing, few_episodes):
+    folder = Path(minari.load_dataset(demo.demo_dataset_id("demo")).storage.data_path)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / missing).unlink()
+    demo.demo_dataset_id("demo")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="demo cannot be recorded .*file.*MINARI_DATASETS_PATH"):
+        demo.demo_dataset_id("demo")

@@ -1,0 +1,45 @@
+"""Signals: the first asks the run to stop; what is installed already stays."""
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from common.run import stopping
+from common.run.errors import Stopped
+
+
+@pytest.fixture(autouse=True)
+def handlers(monkeypatch):
+    """Leaves the handlers of this process as they are."""
+    monkeypatch.setattr(stopping, "_received", [])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_sets_a_flag(number, status, capsys):
+    stopping.catch_signals()
+    stopping.stop_if_told()
+    os.kill(os.getpid(), number)
+    assert stopping.is_told()
+    assert f"{number.name}: saving, then stopping; a second signal" in capsys.readouterr().err
+    with pytest.raises(Stopped, match=number.name) as error:
+        stopping.stop_if_told()
+    assert error.value.status == status
+    assert {signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
+
+
+def test_a_schedulers_handler_stays_and_other_threads_change_nothing():
+    scheduler = lambda *_: None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, scheduler)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(stopping.catch_signals).result()
+    assert signal.getsignal(signal.SIGINT) is scheduler
+    stopping.catch_signals()
+    assert signal.getsignal(signal.SIGINT) is not scheduler
+    assert signal.getsignal(signal.SIGTERM) is scheduler

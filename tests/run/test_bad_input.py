@@ -1,0 +1,250 @@
+"""Bad input at the command line: one sentence with the fix, exit status 1, nothing touched."""
+
+import importlib
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import gymnasium_robotics  # noqa: F401  (prints warnings when it is imported)
+import jax
+import numpy as np
+import pytest
+from toys import tiny_config, toy_columns, write_hdf5
+
+from common.run import cli
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = """
+def get_config(task=None):
+    from toys import tiny_config
+    return tiny_config({data!r}, {script!r}, offline_steps=20, full_length=20, **{more!r})
+"""
+COMPILED = []  # programs that this process has compiled
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None
+)
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs a command line in this process: exit status, stdout and stderr."""
+    monkeypatch.setattr(cli, "catch_signals", lambda: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(threading, "excepthook", None)  # is put back
+
+    def command(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        capfd.readouterr()
+        try:
+            cli.run(importlib.import_module(script).main, script)
+        except SystemExit as end:
+            return end.code, *capfd.readouterr()
+        return 0, *capfd.readouterr()
+
+    return command
+
+
+def files(folder):
+    """Every file and folder below, with what tells whether it was written to."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        found[parent] = sorted(names)
+        for name in names:
+            status = os.lstat(os.path.join(parent, name))
+            found[os.path.join(parent, name)] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files that the commands below name."""
+    folder = tmp_path_factory.mktemp("bad")
+    columns = toy_columns(120)
+    data = write_hdf5(folder / "toy.hdf5", **columns)
+    write_hdf5(folder / "other.hdf5", **toy_columns(120, seed=1))
+    columns["rewards"][3] = np.inf
+    write_hdf5(folder / "inf.hdf5", **columns)
+    for name, path, more in (
+        ("ssar_td3bc", data, {}),
+        ("ssar_cql", data, {}),
+        ("sly", data, {"task": "../x"}),
+        ("free", None, {"dataset": None}),
+    ):
+        script = name if name.startswith("ssar") else "ssar_td3bc"
+        (folder / f"{name}.py").write_text(SETTINGS.format(data=path, script=script, more=more))
+    for name, text in (("nothing", "x = 3"), ("prose", "I would"), ("fails", "import nowhere")):
+        (folder / f"{name}.py").write_text(f"{text}\n")
+    (folder / "thesis").mkdir()
+    for name in ("file", "thesis/chapter.tex"):
+        (folder / name).write_text("years of work")
+    config = tiny_config(data, offline_steps=20, full_length=20)
+    importlib.import_module("ssar_td3bc").main(config, str(folder / "finished"))
+    for name in "broken swapped mistyped listed unfinished unnamed".split():
+        shutil.copytree(folder / "finished", folder / name)
+    (folder / "broken" / "checkpoint.msgpack").write_bytes(b"")
+    with open(folder / "swapped" / "checkpoint.msgpack", "wb") as file:
+        pickle.dump({"state": {}}, file)
+    (folder / "mistyped" / "config.json").write_text('{"seed": ')
+    (folder / "listed" / "config.json").write_text("[1]")
+    (folder / "unfinished" / "unfinished").mkdir()
+    (folder / "unfinished" / "unfinished" / "offline-20.msgpack").write_bytes(b"")
+    os.remove(folder / "unnamed" / "config.json")
+    return folder
+
+
+def field(**values):
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def file(name):
+    return field(dataset_path=f"{{folder}}/{name}.hdf5")
+
+
+ONLINE = field(online_steps=40)
+GO_ON = "--config.offline_checkpoint={folder}/"
+RUN = "--workdir={folder}/"
+FREE = "--config={folder}/free.py"
+
+# What is given beside --config=<the toy's settings> and --workdir=<a new folder>, and words of the
+# one sentence that it ends with.
+TABLE = {
+    # --- data and environments ---
+    "no file": (file("none"), "none.hdf5"),
+    "infinite": (file("inf"), "'rewards' is not finite in float32 at row 3"),
+    "unknown environment": (field(env="Hoper-v4"), "unknown environment 'Hoper-v4'"),
+    "another robot": (field(env="Hopper-v4"), "but Hopper-v4 "),
+    "no Minari id": ([FREE, *field(dataset="mujoco/none-v0")], "mujoco/none-v0"),
+    "no data at all": (FREE, "buffer_init=part needs a --config.dataset; only offline_steps=0"),
+    # --- settings ---
+    "no settings in the file": ("--config={folder}/nothing.py", "fails: KeyError 'get_config'"),
+    "no Python in the file": ("--config={folder}/prose.py", "fails: SyntaxError"),
+    "a file that fails": ("--config={folder}/fails.py", "fails: ModuleNotFoundError No module"),
+    "no settings file": ("--config=configs/none.py", "none.py fails: [Errno 2] No such file"),
+    "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "lacks expl_noise, expl"),
+    "no such task": (f"--config={ROOT}/configs/ssar_td3bc.py:hoper", "unknown task 'hoper'"),
+    "a path as a task": ("--config={folder}/sly.py", "task=../x must be letters, digits"),
+    "the task as a field": (field(task="x"), "did you mean --config=<file>:<task>?"),
+    "a float for an int": (field(offline_steps="1e4"), "offline_steps=1e4 must be of type int"),
+    "no truth value": (field(loosen_bound="no"), "loosen_bound=no must be of type bool"),
+    "no number": (field(batch_size="many"), "batch_size=many must be of type int"),
+    "a typing error": (field(nseeds=2), "no field 'nseeds': did you mean seed or num_seeds?"),
+    "no such field": (field(zzz=3), "no field 'zzz': did you mean --help?"),
+    "no such flag": ("--confg=x", "unknown flag --confg=x: a setting is --config.<field>=<value>"),
+    "a field as a flag": ("--seed=3", "unknown flag --seed=3: a setting is --config.seed=<value>"),
+    "a word": ("hopper-medium-v2", "unknown flag hopper-medium-v2: a setting is"),
+    "a flag without a value": ("--workdir", "expected one argument"),
+    "widths of halves": (field(hidden_dims="(1.5,2)"), "hidden_dims=(1.5, 2) must be layer widths"),
+    # --- several processes ---
+    "no cluster": ("--distributed=two", "--distributed=two cannot be read: give auto, or"),
+    "no such process": ("--distributed=localhost:9,2,2", "localhost:9,2,2 cannot be read: give"),
+    "seeds that cannot be shared": (
+        "--distributed=localhost:9,2,0", "2 processes cannot share 1 seeds evenly"
+    ),
+    "several processes from a checkpoint": (
+        ["--distributed=localhost:9,2,0", GO_ON + "finished"], "is for new runs: resume from each"
+    ),
+    # --- run folders ---
+    "a file for a folder": (RUN + "file", "file is a file: choose another folder"),
+    "somebody's files": (RUN + "thesis", "thesis holds files that are no run: choose another"),
+    "not to be written": ("--workdir=/proc/x", "/proc/x cannot be written (No such file"),
+    "another run's": (
+        [RUN + "unfinished", *field(seed=3)],
+        "is an unfinished run with other settings than seed=3 (there 0): give those to resume it",
+    ),
+    "the other script's unfinished run": (
+        ("ssar_cql", [RUN + "unfinished"]),
+        "is an unfinished run of another script, with expl_noise",
+    ),
+    "a run without settings": (RUN + "unnamed", "is a run without config.json: choose another"),
+    # --- offline checkpoints ---
+    "no run to continue": ([GO_ON + "none", *ONLINE], "none is not a run folder ("),
+    "nothing to do": (GO_ON + "finished", "online_steps=0 leaves nothing to do: give"),
+    "other settings": (
+        [GO_ON + "finished", *ONLINE, *field(n_end=5.0)],
+        "with other settings than n_end=5.0 (there 3.0): use that run's script",
+    ),
+    "other data": ([GO_ON + "finished", *ONLINE, *file("other")], "was trained on other data"),
+    "a broken checkpoint": ([GO_ON + "broken", *ONLINE], "no usable checkpoint {folder}/broken"),
+    "a pickled checkpoint": ([GO_ON + "swapped", *ONLINE], "its checksum does not match): name"),
+    "settings cut short": ([GO_ON + "mistyped", *ONLINE], "config.json: not readable)"),
+    "settings in a list": ([GO_ON + "listed", *ONLINE], "config.json: not readable)"),
+    "the other script's run": (
+        ("ssar_cql", [GO_ON + "finished", *ONLINE]), "is a run of another script, with expl_noise"
+    ),
+    "onto itself": (
+        [GO_ON + "finished", RUN + "finished", *ONLINE],
+        "is the run of --config.offline_checkpoint: choose another folder",
+    ),
+}  # fmt: skip
+LATE = ("other data", "a broken checkpoint", "a pickled checkpoint")  # seen in a folder of its own
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_bad_input_is_one_sentence_and_touches_nothing(case, command, folder):
+    given, words = TABLE[case]
+    script, given = given if isinstance(given, tuple) else ("ssar_td3bc", given)
+    given = [given] if isinstance(given, str) else given
+    fill = lambda text: text.replace("{folder}", str(folder))
+    arguments = [f"--workdir={folder}/new"]
+    if not any(argument.startswith("--config=") for argument in given):
+        arguments = [f"--config={folder}/{script}.py", *arguments]
+    before, compiled = files(folder), len(COMPILED)
+    status, out, err = command(script, *arguments, *map(fill, given))
+    if case in LATE:
+        shutil.rmtree(folder / "new")
+    assert status == 1, out + err
+    assert err.startswith(f"{script}: ") and err.endswith("\n")
+    assert err.count("\n") == 1 and len(err) < 800
+    assert fill(words) in err
+    assert "Traceback" not in err and not re.search(r"\d+%", err)
+    assert files(folder) == before and (len(COMPILED) == compiled or case in LATE)
+
+
+def test_nothing_trusted_is_found_before_training(command, folder):
+    """And the corrected command begins in the same folder."""
+    arguments = [f"--config={folder}/ssar_td3bc.py", f"--workdir={folder}/thin"]
+    status, _, err = command("ssar_td3bc", *arguments, "--config.return_threshold=1e6")
+    assert status == 1 and err.count("\n") == 1
+    assert "selection=return trusts nothing in " in err and "below the best return, -" in err
+    assert command("ssar_td3bc", *arguments)[0] == 0
+    assert not (folder / "thin.1").exists()
+
+
+@pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
+def test_help_names_every_setting(script, command):
+    status, out, _ = command(script, "--help")
+    assert status == 0
+    fields = [f"--config.{field}=" for field in tiny_config(script=script)]
+    for words in ("--workdir", "--noresume", "hopper-medium-v2", *fields):
+        assert words in out
+
+
+@pytest.mark.parametrize("error", [MemoryError("3 TiB"), RuntimeError("RESOURCE_EXHAUSTED: no")])
+def test_too_little_memory_is_one_sentence(error, command, monkeypatch):
+    def main(*_):
+        raise error
+
+    monkeypatch.setattr("ssar_cql.main", main)
+    status, _, err = command("ssar_cql")
+    assert status == 1 and err.startswith("ssar_cql: out of memory (") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("full", ["stdout", "stderr"])
+def test_what_is_printed_may_have_no_room(full, folder):
+    """In a process of its own: one sentence on the other stream."""
+    command = [sys.executable, ROOT / "ssar_td3bc.py", f"--config={folder}/ssar_td3bc.py"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    env.pop("PYTHONUNBUFFERED", None)
+    with open("/dev/full", "w") as nowhere:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {full: nowhere}
+        command.append(f"--workdir={folder}/full_{full}")
+        done = subprocess.run(command, **streams, env=env, text=True)
+    said = (done.stdout or "") + (done.stderr or "")
+    assert done.returncode == 1 and "Traceback" not in said
+    words = "ssar_td3bc: the output cannot be written (No space left on device): free space"
+    assert said.splitlines()[-1].startswith(words)

@@ -1,0 +1,72 @@
+"""docs/copying.md: its snippets run as they are printed, in a folder without the repository."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import TESTS
+
+ROOT = os.path.dirname(TESTS)
+SHORT = {"offline_steps": 200, "eval_interval": 100, "iql_steps": 100, "update_period": 100}
+SHORT |= {"hidden_dims": (16, 16), "coefficient_hidden_dims": (16, 16), "num_seeds": 2}
+
+
+@pytest.fixture(scope="module")
+def snippets():
+    """The update alone, the stub of common/, and the call of main."""
+    with open(os.path.join(ROOT, "docs", "copying.md")) as file:
+        return re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the scripts, their settings and some data, but without common/."""
+    shutil.copytree(os.path.join(ROOT, "configs"), tmp_path / "configs")
+    for script in ("ssar_td3bc", "ssar_cql"):
+        shutil.copy(os.path.join(ROOT, f"{script}.py"), tmp_path)
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    obs, action, reward, next_obs = (normal(500, *shape) for shape in ((3,), (2,), (), (3,)))
+    action = action.clip(-1, 1)
+    ends = np.arange(500) % 50 == 49
+    np.savez(
+        tmp_path / "data.npz", observations=obs, actions=action, rewards=reward,
+        next_observations=next_obs, terminals=ends & False, episode_ends=ends,
+    )  # fmt: skip
+    np.savez(
+        tmp_path / "mine.npz", obs=obs, action=action, reward=reward, next_obs=next_obs,
+        terminated=0 * reward, trusted=0 * reward + 1,
+    )  # fmt: skip
+    return tmp_path
+
+
+def python(folder, code):
+    """Runs code in a folder, away from the repository."""
+    environment = {key: x for key, x in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_update_step_trains_on_arrays(folder, snippets):
+    code = snippets[0].replace("20_000", "10")
+    assert len([line for line in snippets[0].splitlines() if line]) <= 20
+    out = python(folder, f"{code}\nprint(int(state.step), float(metrics['actor_loss']))")
+    step, loss = out.split()
+    assert step == "10" and np.isfinite(float(loss))
+
+
+@pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
+def test_main_runs_with_the_stub(folder, snippets, script):
+    assert len([line for line in snippets[1].splitlines() if line]) <= 30
+    (folder / "common.py").write_text(snippets[1])
+    code = snippets[2].replace("ssar_td3bc", script).replace('"none"', '"iql"')
+    out = python(folder, code.replace("main(config)", f"config.update({SHORT})\nmain(config)"))
+    assert re.findall(r"update (\d+) distance", out) == ["100", "200"]
+    with np.load(folder / "checkpoint.npz") as saved:
+        assert len(saved["arr_0"]) == 2  # one actor for each seed

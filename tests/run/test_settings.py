@@ -1,0 +1,248 @@
+"""The tasks' settings against the authors', and the checks of what a user may set."""
+
+import json
+import math
+
+import jax
+import ml_collections
+import pytest
+from toys import tiny_config
+
+from common.data import d4rl
+from common.run.cli import ROOT, load_config
+from common.run.errors import InputError
+from common.run.settings import check_settings, prepare, scale_settings
+from common.run.workdir import as_json
+from configs import ssar_cql, ssar_td3bc
+
+# n_start, loosen_bound; n_end, selection, G_T or expectile of TD3+BC(SA); the same of CQL(SA)
+AUTHORS = """
+halfcheetah-medium-v2         1 yes  3   return  5200   3   return  6000
+halfcheetah-medium-replay-v2  1 yes  3   iql     0.7    3   return  6000
+halfcheetah-medium-expert-v2  1 *    1.5 iql     0.7    3   return  11000
+halfcheetah-expert-v2         1 yes  1.5 return  10500  3   return  11000
+hopper-medium-v2              1 yes  3   return  1800   3   return  2500
+hopper-medium-replay-v2       1 yes  3   iql     0.7    3   iql     0.7
+hopper-medium-expert-v2       1 yes  1.5 iql     0.5    1.5 iql     0.5
+hopper-expert-v2              1 yes  1.5 return  3500   1.5 return  3500
+walker2d-medium-v2            1 yes  3   return  2500   3   return  3600
+walker2d-medium-replay-v2     1 yes  3   iql     0.7    3   iql     0.7
+walker2d-medium-expert-v2     1 yes  1.5 iql     0.7    3   iql     0.7
+walker2d-expert-v2            1 yes  1.5 return  4500   3   return  4800
+antmaze-umaze-v2              1 no   5   success -      5   success -
+antmaze-umaze-diverse-v2      1 no   3   success -      3   success -
+antmaze-medium-play-v2        5 no   5   success -      5   success -
+antmaze-medium-diverse-v2     5 no   5   success -      5   success -
+antmaze-large-play-v2         5 no   5   success -      5   success -
+antmaze-large-diverse-v2      5 no   5   success -      5   success -
+"""  # *: of CQL(SA) only
+ROWS = [line.split() for line in AUTHORS.strip().splitlines()]
+SHARED = {"batch_size": 256, "discount": 0.99, "update_period": 50_000, "critic_lr": 3e-4}
+SHARED |= {"target_update_rate": 0.005, "coefficient_hidden_dims": (512, 512, 512)}
+SHARED |= {"warmup_steps": 5000, "decay_steps": 400_000, "buffer_capacity": None, "online_steps": 0}
+OF_SCRIPT = {
+    "ssar_td3bc": {"coefficient_lr": 3e-8, "coefficient_init": 0.4, "hidden_dims": (256, 256),
+                   "policy_freq": 2, "actor_lr": 3e-4, "normalize_observations": True,
+                   "reward_scale": 1.0, "exploration_noise": 0.0},
+    "ssar_cql": {"coefficient_lr": 1e-8, "hidden_dims": (256,) * 3, "num_sampled_actions": 10,
+                 "importance_sample": True, "cql_temperature": 1.0, "backup_entropy": False,
+                 "clip_diff_max": None, "anneal": "cosine"},
+}  # fmt: skip
+OF_KIND = {
+    ("ssar_td3bc", "mujoco"): {"reward_bias": 0.0, "anneal": "linear"},
+    ("ssar_td3bc", "antmaze"): {"reward_bias": -1.0},
+    ("ssar_cql", "mujoco"): {"cql_alpha": 10.0, "actor_lr": 3e-5, "critic_layers": (3, 3),
+                             "bc_weight": 0.0, "lagrange": False, "clip_diff_min": None,
+                             "max_target_backup": False, "normalize_observations": True,
+                             "reward_scale": 1.0, "reward_bias": 0.0},
+    ("ssar_cql", "antmaze"): {"cql_alpha": 5.0, "actor_lr": 1e-4, "critic_layers": (5, 3),
+                              "bc_weight": 0.5, "lagrange": True, "target_action_gap": 0.8,
+                              "clip_diff_min": -200.0, "max_target_backup": True,
+                              "normalize_observations": False, "reward_scale": 10.0,
+                              "reward_bias": -5.0},
+}  # fmt: skip
+NEW_POLICY_FREQ = {"antmaze-medium-play-v2": 30, "antmaze-medium-diverse-v2": 20}
+NEW_POLICY_FREQ |= {"antmaze-large-play-v2": 100, "antmaze-large-diverse-v2": 100}
+
+
+@pytest.mark.parametrize("script", [ssar_td3bc, ssar_cql], ids=lambda x: x.__name__[8:])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_tasks_are_the_authors(row, script):
+    name, (task, n_start, loosen) = script.__name__.split(".")[-1], row[:3]
+    n_end, selection, value = row[3:6] if name == "ssar_td3bc" else row[6:]
+    loosen = {"*": "no" if name == "ssar_td3bc" else "yes"}.get(loosen, loosen)
+    config, antmaze = script.get_config(task), task.startswith("antmaze")
+    check_settings(config)
+    expected = SHARED | OF_SCRIPT[name] | OF_KIND[name, "antmaze" if antmaze else "mujoco"]
+    expected |= {"n_start": float(n_start), "n_end": float(n_end), "selection": selection}
+    expected |= {"loosen_bound": loosen == "yes", "select_actions": True}
+    expected |= {"buffer_init": "all" if antmaze else "part"}
+    expected |= {"offline_steps": 2_000_000 if antmaze else 1_000_000}
+    expected |= {"full_length": config.offline_steps, "eval_episodes": 100 if antmaze else 10}
+    expected |= {"eval_interval": 50_000 if antmaze else 5_000}
+    if selection in ("return", "iql"):
+        expected[{"return": "return_threshold", "iql": "expectile"}[selection]] = float(value)
+    if name == "ssar_td3bc":
+        freely = antmaze and "umaze" not in task
+        expected["anneal"] = "none" if freely else "linear"
+        expected["new_policy_freq"] = NEW_POLICY_FREQ.get(task, 2)
+    assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("script", [ssar_td3bc, ssar_cql])
+def test_every_task_is_in_the_table(script):
+    tasks = {row[0] for row in ROWS}
+    assert set(script.TASKS) == {"demo", "demo-sparse", "custom", *tasks}
+    assert tasks <= set(d4rl.TASKS)
+
+
+# ----------------------------------------------------------------------------- impossible values
+
+NAN, INF = float("nan"), float("inf")
+IMPOSSIBLE = [
+    ("coefficient", "adaptiv", "is unknown: choose one of adaptive, fixed"),
+    ("selection", "best", "is unknown: choose one of none, return, success, iql"),
+    ("anneal", "exp", "is unknown"),
+    ("physics", "mujoco", "is unknown: choose one of d4rl, stock"),
+    ("matmul_precision", "tf32", "is unknown"),
+    ("task", "../../x", "must be letters, digits, . _ and -, because it names a folder"),
+    ("eval_interval", 18, "must be a multiple of --config.updates_per_call=20"),
+    ("offline_steps", 50, "must be a multiple of --config.eval_interval=20"),
+    ("online_steps", 50, "must be a multiple of --config.eval_interval=20"),
+    ("update_period", 11, "must be a multiple of --config.policy_freq=2"),
+    ("policy_freq", 3, "must be a multiple of --config.policy_freq=3"),
+    ("num_seeds", 0, "must be at least 1"),
+    ("num_seeds", 99999, "must be at most 4096"),
+    ("update_period", 0, "must be at least 1"),
+    ("eval_interval", 3 * 10**9, "must be at most 2147483647"),
+    ("batch_size", 10**9, "must be at most 1048576"),
+    ("expectile", 1.5, "must be at most 1"),
+    ("discount", NAN, "must be at least 0"),
+    ("critic_lr", -1e-3, "must be at least 0"),
+    ("checkpoint_minutes", INF, "must be at most 1e+30"),
+    ("reward_scale", INF, "must be at most 1e+30"),
+    ("return_threshold", NAN, "must be at least -1e+30"),
+    ("hidden_dims", (), "must be layer widths, such as (256,256)"),
+    ("n_start", 4.0, "must be at most --config.n_end=3.0"),
+    ("seed", -1, "must be at least 0"),
+    ("return_threshold", None, "selection=return needs a --config.return_threshold"),
+    ("offline_steps", 0, "leaves nothing to do: give it or --config.online_steps"),
+    ("coefficient_init", 0.0, "leaves nothing to adapt: give more, or coefficient=fixed"),
+    ("dataset", None, "needs a --config.dataset"),
+    ("cql: num_sampled_actions", 0, "must be at least 1"),
+    ("cql: cql_temperature", 0.0, "must be at least 1e-06"),
+    ("cql: critic_layers", (3,), "must be the numbers of hidden layers of two critics"),
+    ("cql: clip_diff_min", NAN, "must be at least -inf"),
+    ("cql: hidden_dims", (400, 300), "must be equal widths"),
+    ("cql: coefficient_init", -1.0, "coefficient_init=-1.0 (cql_alpha) must be at least 0"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "words"), IMPOSSIBLE)
+def test_impossible_settings_are_named(field, value, words):
+    script, _, field = field.rpartition(": ")
+    config = tiny_config(script=f"ssar_{script or 'td3bc'}")
+    with config.ignore_type():
+        config[field] = value
+    with pytest.raises(InputError) as error:
+        check_settings(ml_collections.FrozenConfigDict(config))
+    assert words in str(error.value)
+    assert "--config." in str(error.value)
+
+
+def test_settings_that_depend_on_others():
+    check_settings(tiny_config(coefficient="fixed", return_threshold=None))
+    alone = {"offline_steps": 0, "online_steps": 40, "coefficient": "fixed"}
+    with pytest.raises(InputError, match="buffer_init=half needs a --config.dataset; only"):
+        check_settings(tiny_config(dataset="", buffer_init="half", **alone))
+    check_settings(tiny_config(dataset="", buffer_init="none", eval_interval=5, **alone))
+    with pytest.raises(InputError, match="warmup_steps=40 leaves no update in --config.online_st"):
+        check_settings(tiny_config(online_steps=40, warmup_steps=40))
+    with pytest.raises(InputError, match=r"clip_diff_min=5.0 must be below .*clip_diff_max=1.0"):
+        check_settings(tiny_config(script="ssar_cql", clip_diff_min=5.0, clip_diff_max=1.0))
+    with pytest.raises(InputError, match=r"iql_steps=50 must be a multiple of .*call=20"):
+        check_settings(tiny_config(selection="iql", iql_steps=50))
+
+
+# --------------------------------------------------------------------------- what is worked out
+
+
+def test_prepare_fits_the_size_of_a_call_and_freezes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {(250, 20, "none"): 20, (8, 20, "none"): 4, (250, 36, "iql"): 12, (1, 20, "none"): 1}
+    for (most, interval, selection), expected in sizes.items():
+        config = tiny_config(updates_per_call=most, eval_interval=interval, selection=selection)
+        config.update(offline_steps=interval, iql_steps=24, seed=4)
+        if expected % 2:
+            with pytest.raises(InputError, match="updates_per_call=1 must be a multiple of .*freq"):
+                prepare(config, None, "my_script")
+            continue
+        config, workdir = prepare(config, None, "my_script")
+        assert config.updates_per_call == expected
+        assert workdir == str(tmp_path / "runs" / "my_script" / "toy" / "4")
+        hash(config)
+    assert jax.config.jax_default_matmul_precision == "float32"
+
+
+@pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
+@pytest.mark.parametrize("steps", [20_000, 100_000, 999_982, 50, 2])
+def test_a_short_run_is_scaled_to_settings_that_work(script, steps):
+    task = f"{ROOT}/configs/{script}.py:hopper-medium-replay-v2"
+    config = load_config(script, task, [f"--config.offline_steps={steps}"])
+    share = steps / 1_000_000
+    check_settings(prepare_only_settings(config))
+    assert config.offline_steps == steps
+    lr = {"ssar_td3bc": 3e-8, "ssar_cql": 1e-8}[script]
+    assert config.coefficient_lr == pytest.approx(lr / share)
+    if steps in (20_000, 100_000):
+        assert config.update_period == 50_000 * share
+        assert config.eval_interval == 5_000 * share
+        assert config.iql_steps == steps
+
+
+def prepare_only_settings(config):
+    config = ml_collections.ConfigDict(config)
+    config.updates_per_call = math.gcd(config.eval_interval, config.iql_steps)
+    return config
+
+
+def test_only_what_is_not_given_is_scaled():
+    task = f"{ROOT}/configs/ssar_td3bc.py:hopper-medium-v2"
+    given = ["--config.update_period=400", "--config.coefficient_lr=0.001"]
+    config = load_config("ssar_td3bc", task, [*given, "--config.offline_steps=20000"])
+    assert (config.update_period, config.coefficient_lr, config.eval_interval) == (400, 1e-3, 100)
+    both = ["--config.offline_steps=100000", "--config.online_steps=30000"]
+    config = load_config("ssar_td3bc", task, both)
+    assert config.online_steps % config.eval_interval == 0 and config.eval_interval == 500
+    unchanged = load_config("ssar_td3bc", task, ["--config.seed=3"])
+    assert unchanged.update_period == 50_000
+    in_file = ssar_td3bc.get_config("hopper-medium-v2")
+    in_file.offline_steps = 1_000  # by a settings file, which sets the others itself
+    scale_settings(in_file, {"seed": 3})
+    assert in_file.update_period == 50_000
+
+
+@pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
+def test_a_run_that_goes_online_takes_over_its_settings(script, tmp_path):
+    recorded = as_json(tiny_config(script=script, seed=7).to_dict())
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    flags = [f"--config.offline_checkpoint={tmp_path}", "--config.online_steps=80"]
+    config = as_json(load_config(script, None, flags).to_dict())
+    assert config == recorded | {"offline_checkpoint": str(tmp_path), "online_steps": 80}
+    file = f"{ROOT}/configs/{script}.py:hopper-medium-v2"  # is left as it is, to be compared
+    assert load_config(script, file, flags).task == "hopper-medium-v2"
+    if script == "ssar_cql":  # a field of two names
+        config = load_config(script, None, [*flags, "--config.cql_alpha=5.0"])
+        assert config.cql_alpha == config.coefficient_init == 5.0
+    other = {"ssar_td3bc": "ssar_cql", "ssar_cql": "ssar_td3bc"}[script]
+    with pytest.raises(InputError, match="is a run of another script, with "):
+        check_settings(load_config(other, None, flags))
+
+
+def test_online_only_its_own_steps_must_fit_the_interval(tmp_path):
+    config = tiny_config(offline_steps=20, online_steps=66, eval_interval=33)
+    with pytest.raises(InputError, match="must be a multiple of"):
+        check_settings(config)
+    (tmp_path / "config.json").write_text(json.dumps(as_json(config.to_dict())))
+    config.offline_checkpoint = str(tmp_path)
+    check_settings(config)
