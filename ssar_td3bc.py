@@ -136,97 +136,37 @@ class ReplayBuffer(NamedTuple):
 # -------------------------------------------------------------------------------------- networks
 
 
-def uniform(key, shape, fan_in):
-    """PyTorch's default for kernels and biases: U(-1, 1) / √fan_in."""
-    return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
-
-
-def product(x, kernel):
-    """x @ kernel, [B, I] and [I, J], in the precision that JAX is set to: `matmul_precision`."""
-    if jax.config.jax_default_matmul_precision == "bfloat16":
-        return bfloat16_product(x, kernel)
-    return x @ kernel
-
-
-@jax.custom_vjp
-def bfloat16_product(x, kernel):
-    """Operands rounded to bfloat16 and sums in float32, in the gradients' products too."""
-    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-
-
-bfloat16_product.defvjp(
-    lambda x, kernel: (bfloat16_product(x, kernel), (x, kernel)),
-    lambda saved, grad: (bfloat16_product(grad, saved[1].T), bfloat16_product(saved[0].T, grad)),
-)
-
-
-@jax.custom_vjp
-def layer_norm(x, scale, offset):
-    """LayerNorm over the last axis. The derived backward pass would go over `x` more often."""
-    return layer_norm_forward(x, scale, offset)[0]
-
-
-def layer_norm_forward(x, scale, offset):
-    """The value, and what the backward pass needs."""
-    mean = x.mean(axis=-1, keepdims=True)
-    variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
-    inverse = jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5)
-    unit = (x - mean) * inverse
-    return unit * scale + offset, (unit, inverse, scale)
-
-
-def layer_norm_backward(saved, grad):
-    """The gradients in `x`, `scale` and `offset`."""
-    unit, inverse, scale = saved
-    scaled = grad * scale
-    along = unit * (scaled * unit).mean(axis=-1, keepdims=True)
-    grad_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - along)
-    sums = jnp.stack([grad * unit, grad]).sum(axis=tuple(range(1, grad.ndim)))  # one kernel
-    return grad_x, sums[0], sums[1]
-
-
-layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
+def dense(width, fan_in, kernel_init=None):
+    """nn.Dense as PyTorch starts it, U(-1, 1) / √fan_in; with a kernel_init, biases start at 0."""
+    if kernel_init is not None:
+        return nn.Dense(width, kernel_init=kernel_init)
+    bound = fan_in**-0.5
+    uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return nn.Dense(width, kernel_init=uniform, bias_init=uniform)
 
 
 class MLP(nn.Module):
-    """ReLU layers, each after a LayerNorm if asked for, then a linear one; PyTorch's init.
-
-    All biases, then LayerNorm's scales and offsets, are one vector: few arrays, few kernels.
-    """
+    """Linear layers with ReLUs between them, and a LayerNorm before each ReLU if asked for."""
 
     widths: tuple[int, ...]
     layer_norm: bool = False
+    kernel_inits: tuple = ()  # one a layer; by default PyTorch's
 
     @nn.compact
     def __call__(self, x):
-        depth, hidden = len(self.widths), self.widths[:-1]
-        sizes = (*self.widths, *hidden, *hidden) if self.layer_norm else self.widths
-        vector = self.param("vector", self.init_vector, x.shape[-1])
-        pieces = jnp.split(vector, np.cumsum(sizes)[:-1])
-        for i, width in enumerate(self.widths):
-            kernel = self.param(f"kernel_{i}", uniform, (x.shape[-1], width), x.shape[-1])
-            x = product(x, kernel) + pieces[i]
-            if i < depth - 1:
-                if self.layer_norm:
-                    x = layer_norm(x, scale=pieces[depth + i], offset=pieces[2 * depth - 1 + i])
-                x = nn.relu(x)
+        kernel_inits = self.kernel_inits or (None,) * len(self.widths)
+        for i, (width, kernel_init) in enumerate(zip(self.widths, kernel_inits, strict=True)):
+            if i > 0:
+                x = nn.relu(nn.LayerNorm(epsilon=1e-5)(x) if self.layer_norm else x)
+            x = dense(width, x.shape[-1], kernel_init)(x)
         return x
-
-    def init_vector(self, key, in_dim):
-        """Biases, and LayerNorms that change nothing."""
-        keys, fan_in = jax.random.split(key, len(self.widths)), (in_dim, *self.widths[:-1])
-        layers = zip(keys, self.widths, fan_in, strict=True)
-        biases = [uniform(key, (width,), fan_in) for key, width, fan_in in layers]
-        hidden = sum(self.widths[:-1]) if self.layer_norm else 0
-        return jnp.concatenate([*biases, jnp.ones(hidden), jnp.zeros(hidden)])
 
 
 def forward(params, x):
     """The MLP that `params` belong to, whatever its widths."""
-    depth = sum(name.startswith("kernel") for name in params)
-    widths = tuple(params[f"kernel_{i}"].shape[-1] for i in range(depth))
-    return MLP(widths, params["vector"].size > sum(widths)).apply({"params": params}, x)
+    depth = sum(name.startswith("Dense") for name in params)
+    widths = tuple(params[f"Dense_{i}"]["kernel"].shape[-1] for i in range(depth))
+    return MLP(widths, layer_norm="LayerNorm_0" in params).apply({"params": params}, x)
 
 
 def actor(params, obs):
@@ -252,23 +192,22 @@ def coefficient(params, obs, config):
         return 1.5 * config.coefficient_init * nn.sigmoid(forward(params, obs)[..., 0])
 
 
-def init_mlp(key, in_dim, widths, layer_norm=False):
+def init_mlp(key, in_dim, widths, **options):
     """Parameters of an MLP, [., in_dim] -> [., widths[-1]]."""
-    return MLP(widths, layer_norm).init(key, jnp.zeros((1, in_dim)))["params"]
+    return MLP(widths, **options).init(key, jnp.zeros((1, in_dim)))["params"]
 
 
-def init_pair(key, in_dim, widths, layer_norm=False):
+def init_pair(key, in_dim, widths, **options):
     """Parameters of two critics, stacked."""
-    return jax.vmap(lambda key: init_mlp(key, in_dim, widths, layer_norm))(jax.random.split(key))
+    return jax.vmap(lambda key: init_mlp(key, in_dim, widths, **options))(jax.random.split(key))
 
 
 def init_coefficient(key, obs_dim, hidden_dims):
     """β_φ's parameters: Xavier-uniform, biases 0, the last 0.6931, at which 1.5 sigmoid is 1."""
-    params = init_mlp(key, obs_dim, (*hidden_dims, 1))
-    vector = jnp.zeros_like(params.pop("vector")).at[-1].set(0.6931)
-    for name, layer_key in zip(params, jax.random.split(key, len(params)), strict=True):
-        params[name] = nn.initializers.xavier_uniform()(layer_key, params[name].shape)
-    return params | {"vector": vector}
+    kernel_inits = (nn.initializers.xavier_uniform(),) * (len(hidden_dims) + 1)
+    params = init_mlp(key, obs_dim, (*hidden_dims, 1), kernel_inits=kernel_inits)
+    params[f"Dense_{len(hidden_dims)}"]["bias"] += 0.6931
+    return params
 
 
 def descend(loss, params, optimizer, opt_state, *args):

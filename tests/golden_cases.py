@@ -125,12 +125,8 @@ def cql_parameters(antmaze=False):
 
 def pack(net):
     """A network of {'layers_0': {'kernel', 'bias'}, 'norm_0': {'scale', 'bias'}, ...} as ours."""
-    depth = sum(name.startswith("layers") for name in net)
-    parts = [net[f"layers_{i}"]["bias"] for i in range(depth)]
-    for part in ("scale", "bias"):
-        parts += [net[f"norm_{i}"][part] for i in range(depth) if f"norm_{i}" in net]
-    packed = {f"kernel_{i}": net[f"layers_{i}"]["kernel"] for i in range(depth)}
-    packed["vector"] = np.concatenate(parts)
+    rename = lambda name: name.replace("layers", "Dense").replace("norm", "LayerNorm")
+    packed = {rename(name): dict(x) for name, x in net.items() if isinstance(x, dict)}
     if "log_std_offset" in net:
         packed["log_std"] = np.stack([net["log_std_multiplier"], net["log_std_offset"]])
     return packed
@@ -138,17 +134,8 @@ def pack(net):
 
 def unpack(params):
     """The reverse of pack."""
-    params = {name: np.asarray(x) for name, x in params.items()}
-    depth = sum(name.startswith("kernel") for name in params)
-    widths = [params[f"kernel_{i}"].shape[1] for i in range(depth)]
-    has_norms = params["vector"].size > sum(widths)
-    pieces = iter(np.split(params["vector"], np.cumsum(widths + has_norms * 2 * widths[:-1])))
-    net = {
-        f"layers_{i}": {"kernel": params[f"kernel_{i}"], "bias": next(pieces)} for i in range(depth)
-    }
-    for part in ("scale", "bias") if has_norms else ():
-        for i in range(depth - 1):
-            net.setdefault(f"norm_{i}", {})[part] = next(pieces)
+    rename = lambda name: name.replace("Dense", "layers").replace("LayerNorm", "norm")
+    net = {rename(name): x for name, x in params.items() if name != "log_std"}
     if "log_std" in params:
         net["log_std_multiplier"], net["log_std_offset"] = params["log_std"]
     return net
@@ -165,7 +152,7 @@ def flatten(name, params):
     """{'actor/layers_0/kernel': NumPy array, ...} of a network, or {'log_alpha': array}."""
     if not isinstance(params, dict):
         return {name: np.asarray(params)}
-    if "vector" in params:
+    if "Dense_0" in params:
         params = unpack(params)
     return {
         key: x for child in params for key, x in flatten(f"{name}/{child}", params[child]).items()

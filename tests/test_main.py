@@ -301,7 +301,7 @@ def test_an_earlier_run_is_set_aside_not_overwritten(data, tmp_path, capsys):
 
 
 def test_iql_labels_are_cached(data, tmp_path, monkeypatch):
-    settings = {"selection": "iql", "iql_steps": 300, "expectile": 0.3}
+    settings = {"selection": "iql", "iql_steps": 600, "expectile": 0.3}
     settings |= {"cache_dir": str(tmp_path / "cache")}
     config = tiny_config(data, **settings)
     first = ssar.main(config, str(tmp_path / "a"))

@@ -392,7 +392,7 @@ def test_a_checkpoint_of_another_shape_is_refused(data, tmp_path, monkeypatch):
     init_state = ssar.init_state
     monkeypatch.setattr(ssar, "init_state", lambda key, obs, *args: init_state(key, obs + 1, *args))
     monkeypatch.setattr(ssar, "pretrain", lambda state, *args: args[2].restore("offline", [state]))
-    with pytest.raises(InputError, match=r"of another version or shape .*kernel_0 is float32\["):
+    with pytest.raises(InputError, match=r"of another version or shape .*kernel is float32\["):
         ssar.main(config, workdir)
     assert len(os.listdir(os.path.join(workdir, "unfinished"))) == 2
 

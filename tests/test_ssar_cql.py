@@ -304,7 +304,7 @@ def test_extreme_actions_and_policies_leave_no_nan():
     batch = batch._replace(action=batch.action.at[:8].set(1.0).at[8:16].set(-1.0))
     update = jitted_update(config)
     for scale in (1.0, 1e4):  # ordinary, and saturated with σ at either end of its range
-        last = {"kernel_3": scale * state.actor["kernel_3"]}
+        last = {"Dense_3": jax.tree.map(lambda x, scale=scale: scale * x, state.actor["Dense_3"])}
         changed = state._replace(actor=state.actor | last)
         for i in range(4):
             noise = ssar.sample_noise(jax.random.key(i), batch, config)
@@ -384,7 +384,7 @@ def test_batched_seeds_equal_single_seeds_and_differ(config, monkeypatch):
     for leaf in jax.tree.leaves((together.actor, together.critic, together.coefficient)):
         if leaf.ndim > 1:
             assert not np.array_equal(leaf[0], leaf[1])
-    pair = together.critic["kernel_0"][0]
+    pair = together.critic["Dense_0"]["kernel"][0]
     assert not np.array_equal(pair[0], pair[1])  # the two critics of one seed
     in_turns, *_ = ssar.train_interval(
         states(config, [5, 6, 7]), data._replace(trusted=trusted), config
@@ -396,8 +396,8 @@ def test_interval_donates_its_state(config):
     data = toy_batch(rows=200)._replace(trusted=jnp.ones((1, 200)))
     state = states(config, [0])
     ssar.train_interval(state, data, config)
-    assert state.critic["kernel_1"].is_deleted()
-    assert state.target_critic["kernel_1"].is_deleted()
+    assert state.critic["Dense_1"]["kernel"].is_deleted()
+    assert state.target_critic["Dense_1"]["kernel"].is_deleted()
 
 
 # ----------------------------------------------------------------------- who influences what
@@ -495,11 +495,11 @@ def test_initial_networks_are_the_authors():
     mean, log_std = ssar.actor(state.actor, batch.obs)
     assert abs(mean).max() < 0.05
     np.testing.assert_allclose(log_std, -1, atol=0.05)
-    assert [sum(name.startswith("kernel") for name in params) for params in state.critic] == [5, 4]
+    assert [sum(name.startswith("Dense") for name in params) for params in state.critic] == [5, 4]
     for params in state.critic:
-        kernel = params["kernel_1"]
+        kernel = params["Dense_1"]["kernel"]
         np.testing.assert_allclose(kernel.T @ kernel, 2 * np.eye(64), atol=1e-4)
-        last = params[f"kernel_{len(params) - 2}"]
+        last = params[f"Dense_{len(params) // 2}"]["kernel"]
         np.testing.assert_allclose(jnp.linalg.norm(last), 0.01, rtol=1e-4)
     assert same_bits(state.critic, state.target_critic)
     assert (float(state.log_alpha), float(state.log_alpha_prime)) == (0, 1)

@@ -101,7 +101,7 @@ def test_batched_seeds_equal_single_seeds_and_differ(config, monkeypatch):
     for net in ("actor", "critic", "coefficient"):
         for leaf in jax.tree.leaves(getattr(together, net)):
             assert not np.array_equal(leaf[0], leaf[1]), net
-    pair = together.critic["kernel_0"][0]
+    pair = together.critic["Dense_0"]["kernel"][0]
     assert not np.array_equal(pair[0], pair[1])  # the two critics of one seed
 
 
@@ -110,8 +110,8 @@ def test_interval_is_deterministic_and_donates_its_state(config):
     states = [toy_states(config, [0, 1]) for _ in range(2)]
     first, second = (ssar.train_interval(state, data, config)[0] for state in states)
     assert same_bits(first, second)
-    assert states[0].critic["kernel_1"].is_deleted()
-    assert states[0].target_critic["kernel_1"].is_deleted()
+    assert states[0].critic["Dense_1"]["kernel"].is_deleted()
+    assert states[0].target_critic["Dense_1"]["kernel"].is_deleted()
 
 
 @pytest.mark.parametrize("due", [True, False])
