@@ -1,9 +1,9 @@
 r"""SSAR on CQL: selective state-adaptive regularization for offline RL (arXiv 2505.19923).
 
-CQL weighs Bellman backups against lowering the values of actions that the data do not show, with
-one constant. SSAR learns that constant per state. A network, the coefficient β_φ(s), falls where
-the data's actions are likely under the actor and rises where they are not. Only the trusted part D̂
-of the data shapes it. It is the same β_φ as in TD3+BC: for π ∝ exp Q, CQL's regulariser
+CQL uses one constant to weigh Bellman backups against lowering the values of actions that the data
+do not show. SSAR learns this weight per state: the coefficient β_φ(s), a network, falls where the
+data's actions are likely under the actor and rises where they are not. Only the trusted part D̂ of
+the data shapes it. It is the same β_φ as in TD3+BC: for π ∝ exp Q, CQL's regulariser
 log Σ exp Q - Q(s, a) is -log π(a|s)                                               (Prop. 3.1)
 
     D̂ ⊂ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
@@ -15,25 +15,25 @@ log Σ exp Q - Q(s, a) is -log π(a|s)                                          
             over K uniform a_j, K from π(s') and K from π(s), each of density p_j;
             with loosen_bound, β_φ counts as 0 outside D̂
     then, with the new π:
-        margin = mean_dims max(log π(a|s), C_10(s)) - C_n(s)                             (Eq. 6)
+        margin = mean_dims (max(log π(a|s), C_10(s)) - C_n(s))                           (Eq. 6)
         β_φ: Adam on mean margin · β_φ(s) over D̂                                     (Eq. 5, 9)
-        every T_inc updates: n += (n_end - n_start) / 10,
+        every T_inc updates: n = min(n + (n_end - n_start) / 10, n_end),
             until the mean margin over D̂ is positive once; n never moves again       (Sec. 3.2)
         targets: 0.005 new + 0.995 old
     online, after every environment step with a ~ π(s):
         store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline
         transitions (all of D | half a batch | the 50 best episodes | none) and stored ones,
-        with β_φ and n frozen and β_φ scaled by cos(min(N / N_end, 1) π / 2) after N such updates
+        with β_φ and n frozen and β_φ scaled by cos(min(N / N_end, 1) π / 2) in the N-th one
 
 C_n(s) is the log-density n standard deviations from the mean of π(s): the smaller of its two sides.
 
     symbol  config field         authors' name  in        meaning
     β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain CQL
-    β_init  coefficient_init     cql_alpha                where β_φ starts; it stays < 1.5 β_init
-    n       n_start, n_end       n_away         Eq. 6     the threshold's width, in units of σ
+    β_init  coefficient_init     cql_alpha                near where β_φ starts, < 1.5 β_init
+    n       n_start, n_end       n_away         Eq. 6     distance from μ to C_n's action, in σ
     T_inc   update_period        update_period  Sec. 3.2  updates between two tests of the threshold
     D̂       selection            trusts         Eq. 9     none (all of D) | return | success | iql
-    G_T     return_threshold     ref_return               trajectories above this are trusted
+    G_T     return_threshold     ref_return               return, in rewards after scale and bias
             select_actions       select_actions Eq. 9     only D̂ shapes β_φ and the threshold
             loosen_bound         loosen_bound             only D̂ is regularised
             expectile            iql_tau                  IQL's expectile, for selection = iql
@@ -41,6 +41,7 @@ C_n(s) is the log-density n standard deviations from the mean of π(s): the smal
     γ       discount
     N_end   decay_steps          decay_steps              online updates until β_φ has faded
             buffer_init          load_way                 all | half | part | none
+    Defaults and every other field: configs/ssar_cql.py.
 
     on AntMaze only, after cql_lagrange, cql_target_action_gap, cql_clip_diff_min and others:
     α'      lagrange, target_action_gap  α' β_φ (regulariser - gap) instead; α' is tuned to the gap
@@ -53,17 +54,15 @@ Where the paper and the authors' code differ, this file follows the code, which 
 numbers: log π and C_n are averaged over the action dimensions; the actions of C_n stay within
 ±0.99999 and within 0.1 n of tanh(μ); C_10 is a floor for log π; D̂ masks the β_φ loss, but the mean
 is over the whole batch; single batches test the threshold; the annealing is a cosine.
-It deviates from that code in seven points. The margin is formed in units of σ before tanh, and the
-data's action stays within ±0.99999 there, so that rounding makes none of them NaN. A decay_steps
-that is not positive means no annealing. beta_min, beta_mean and beta_max cover the transitions that
-are regularised. A step that ends the task at the time limit is a terminal. Stored transitions never
-overwrite offline ones. Every transition stored online is trusted. Evaluation has its own
+It deviates from that code in seven points: the margin is formed in units of σ before tanh, and the
+data's action stays within ±0.99999 there, so that rounding makes none of them NaN; a decay_steps
+that is not positive means no annealing; beta_min, beta_mean and beta_max leave out transitions that
+are not regularised; a task that ends in the very step at which its time runs out is terminal;
+stored transitions never overwrite offline ones; all of them are trusted; evaluation has its own
 environments.
 
     python ssar_cql.py
     python ssar_cql.py --config=configs/ssar_cql.py:hopper-medium-v2 --config.num_seeds=5
-    python ssar_cql.py --config.offline_checkpoint=runs/ssar_cql/hopper-medium-v2/0 \
-        --config.online_steps=250000
 """
 
 from functools import partial
@@ -88,13 +87,13 @@ class Transition(NamedTuple):
     reward: jax.Array  # [B]
     next_obs: jax.Array  # [B, O]
     terminated: jax.Array  # [B] 1 where the task ended; a time limit does not end it
-    trusted: jax.Array  # [B] 1 in D̂
+    trusted: jax.Array  # [B] 1 in D̂, else 0
 
 
 class Noise(NamedTuple):
     """Every random number of one update. Given these, the update is deterministic."""
 
-    policy: jax.Array  # [B, A] N(0, 1)
+    action: jax.Array  # [B, A] N(0, 1)
     target_action: jax.Array  # [B, M, A] N(0, 1); M is K with max_target_backup, else 1
     random_action: jax.Array  # [B, K, A] U(-1, 1)
     current_action: jax.Array  # [B, K, A] N(0, 1)
@@ -102,10 +101,10 @@ class Noise(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """The width of C_n(s), and the update at which it stopped growing."""
+    """The n of C_n(s), and the update at which a test stopped it."""
 
     n: jax.Array  # []
-    stopped_at: jax.Array  # [] i32, -1 while it grows
+    stopped_at: jax.Array  # [] i32, -1 until then
 
 
 class TrainState(NamedTuple):
@@ -145,7 +144,7 @@ class MLP(nn.Module):
 
     widths: tuple[int, ...]
     layer_norm: bool = False
-    kernel_inits: tuple = ()  # one a layer; PyTorch's by default
+    kernel_inits: tuple = ()  # one per layer; PyTorch's by default
 
     @nn.compact
     def __call__(self, x):
@@ -172,8 +171,8 @@ def forward(params, x):
 def actor(params, obs):
     """π(·|s) = tanh N(μ, σ): [B, O] -> μ and log σ, [B, A] each."""
     mean, log_std = jnp.split(forward(params, obs), 2, axis=-1)
-    multiplier, offset = params["log_std"]
-    return mean, jnp.clip(multiplier * log_std + offset, -20, 2)
+    scale, offset = params["log_std"]
+    return mean, jnp.clip(scale * log_std + offset, -20, 2)
 
 
 def init_actor(key, obs_dim, action_dim, hidden_dims):
@@ -214,7 +213,7 @@ def critics(params, obs, action):
     """Both Q: [B, O], [B, A] -> [2, B]; or [B, K, A] -> [2, B, K]."""
     if isinstance(params, tuple):
         return jnp.stack([critic(each, obs, action) for each in params])
-    # Repeated inputs save copies between memory layouts.
+    # A shared input would be copied into another memory layout: 6 % of an update on a CPU.
     obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
     return jax.vmap(critic)(params, obs, action)
 
@@ -233,13 +232,13 @@ def init_orthogonal_critics(key, in_dim, width, depths):
 
 
 def init_critics(key, in_dim, widths, **options):
-    """Parameters of two critics, stacked."""
+    """Parameters of two critics with PyTorch's init, stacked."""
     return jax.vmap(lambda key: init_mlp(key, in_dim, widths, **options))(jax.random.split(key))
 
 
 def coefficient(params, obs, config):
     """β_φ(s): [B, O] -> [B], in (0, 1.5 β_init)."""
-    with jax.default_matmul_precision("float32"):  # its learning rate is that small
+    with jax.default_matmul_precision("float32"):  # TF32 would round its small steps away
         return 1.5 * config.coefficient_init * nn.sigmoid(forward(params, obs)[..., 0])
 
 
@@ -264,7 +263,7 @@ def descend(loss, params, optimizer, opt_state, *args):
 def episodes_of(rewards, ends):
     """First row, number of rows and undiscounted return of each episode: three arrays [episodes].
 
-    rewards: float [N]. ends: bool [N], true in the last row of each episode.
+    rewards: float [N]. ends: bool [N], true in the last row of each episode, so at the end.
     """
     first = np.r_[0, np.flatnonzero(ends)[:-1] + 1]
     lengths = np.diff(np.r_[first, len(ends)])
@@ -345,7 +344,7 @@ def select_by_advantage(state, data):
         q = critics(state.critic, *row).min()
         return q >= forward(state.value, row[0])[0]
 
-    return jax.lax.map(is_trusted, (data.obs, data.action), batch_size=4096)
+    return jax.lax.map(is_trusted, (data.obs, data.action), batch_size=4096)  # bounds memory
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -365,7 +364,7 @@ def critic_loss(params, state, batch, noise, distribution, weight, config):
     next_q = jnp.take_along_axis(next_q, best, axis=1)[:, 0]  # the best by Q alone
     target = batch.reward + config.discount * (1 - batch.terminated) * next_q  # [B]
     actions, log_prob = scored_actions(distribution, next_distribution, batch, noise)
-    if config.block_size:  # exact as well, and faster on a CPU
+    if config.block_size:  # gives what the other branch gives, and is faster on a CPU
         q = critics(params, batch.obs, batch.action)  # [2, B]
         inputs = (batch.obs, actions, log_prob, weight)
         penalty = sum_in_blocks(partial(regulariser, config), config.block_size, params, inputs)
@@ -374,7 +373,7 @@ def critic_loss(params, state, batch, noise, distribution, weight, config):
         q, penalty = scores[..., 0], weigh_scores(scores, log_prob, weight, config)
     penalty /= len(weight)
     chex.assert_equal_shape([target, q[0], weight])
-    td_loss = sum(jnp.square(q - target).mean(axis=1))
+    td_loss = jnp.square(q - target).mean(axis=1).sum()
     loss = td_loss + multiplier(state.log_alpha_prime, config) * penalty
     info = {"critic_loss": loss, "td_loss": td_loss, "regulariser": penalty}
     return loss, info | {"q1": q.mean(axis=1)[0]}
@@ -450,15 +449,15 @@ def multiplier(log_alpha_prime, config):
 
 
 def multiplier_loss(log_alpha_prime, penalty, config):
-    """Raises α' while the regulariser minus its gap is positive. penalty: []."""
+    """Raises α' while the penalty, the regulariser minus its gap, is positive. penalty: []."""
     alpha_prime = multiplier(log_alpha_prime, config)
-    return -alpha_prime * penalty / 2, {"alpha_prime": alpha_prime}
+    return -alpha_prime * penalty / 2, {"alpha_prime": alpha_prime}  # the mean of both critics
 
 
 def actor_loss(params, state, batch, noise, config):
     """Soft actor-critic's loss, and AntMaze's cloning term; its info holds π(·|s) too."""
     distribution = actor(params, batch.obs)
-    action, log_prob = (x[:, 0] for x in sample(distribution, noise.policy[:, None]))
+    action, log_prob = (x[:, 0] for x in sample(distribution, noise.action[:, None]))
     q = critics(state.critic, batch.obs, action).min(axis=0)  # [B]
     squared_error = jnp.square(action - batch.action).sum(axis=-1)
     chex.assert_equal_shape([q, log_prob, squared_error])
@@ -497,12 +496,12 @@ def coefficient_loss(params, batch, margin, mask, config):
 
 
 def update_threshold(threshold, margin, mask, step, config):
-    """Widens C_n every T_inc updates until the masked mean margin is positive (Sec. 3.2)."""
+    """Raises n, which lowers C_n, until the masked mean margin is positive (Sec. 3.2)."""
     is_test = (step % config.update_period == 0) & (threshold.stopped_at < 0)
     passed = (margin * mask).sum() > 0  # has the sign of the mean; an empty mask never passes
-    wider = jnp.minimum(threshold.n + (config.n_end - config.n_start) / 10, config.n_end)
+    raised = jnp.minimum(threshold.n + (config.n_end - config.n_start) / 10, config.n_end)
     return Threshold(
-        n=jnp.where(is_test & ~passed, wider, threshold.n),
+        n=jnp.where(is_test & ~passed, raised, threshold.n),
         stopped_at=jnp.where(is_test & passed, step, threshold.stopped_at),
     )
 
@@ -561,7 +560,7 @@ def sample_noise(key, batch, config):
     next_actions = (rows, samples if config.max_target_backup else 1, action_dim)
     keys = jax.random.split(key, 5)
     return Noise(
-        policy=jax.random.normal(keys[0], batch.action.shape),
+        action=jax.random.normal(keys[0], batch.action.shape),
         target_action=jax.random.normal(keys[1], next_actions),
         random_action=jax.random.uniform(keys[2], many, minval=-1),
         current_action=jax.random.normal(keys[3], many),
@@ -573,7 +572,7 @@ def update_step(state, batch, noise, config, *, online=False):
     """One update: actor and α, critics and α', then β_φ and the threshold, then the targets.
 
     online: whether β_φ and n are frozen and β_φ is annealed; static.
-    Returns the new state and a dictionary of scalars.
+    Returns the state and scalars.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     actor_adam, critic_adam, _ = optimizers(config)
@@ -607,7 +606,8 @@ def update_step(state, batch, noise, config, *, online=False):
     if config.lagrange:
         state, multiplier_info = update_multiplier(state, info["regulariser"], config)
         info |= multiplier_info
-    state, margin, mask = update_coefficient(state, batch, config, online)
+    margin = log_likelihood_margin(state.actor, batch, state.threshold)  # with the new actor
+    state, mask = update_coefficient(state, batch, margin, config, online)
 
     # --- targets ---
     rate = config.target_update_rate
@@ -627,10 +627,9 @@ def update_multiplier(state, penalty, config):
     return state._replace(log_alpha_prime=log_alpha_prime, log_alpha_prime_opt=opt_state), info
 
 
-def update_coefficient(state, batch, config, online):
-    """β_φ and the threshold unless online, with the actor after its step and the old n."""
+def update_coefficient(state, batch, margin, config, online):
+    """β_φ and then the threshold, unless online. Also returns the mask of the margin, [B]."""
     _, _, beta_adam = optimizers(config)
-    margin = log_likelihood_margin(state.actor, batch, state.threshold)
     mask = batch.trusted if config.select_actions else jnp.ones_like(batch.trusted)
     if config.coefficient == "adaptive" and not online:
         beta_params, beta_opt, _ = descend(
@@ -641,12 +640,12 @@ def update_coefficient(state, batch, config, online):
         state = state._replace(
             coefficient=beta_params, coefficient_opt=beta_opt, threshold=threshold
         )
-    return state, margin, mask
+    return state, mask
 
 
 def coefficient_metrics(beta, regularised, margin, mask, batch):
     """What β_φ and the threshold did in this batch; β_φ where the regulariser acts. Scalars."""
-    regularised = jnp.where(regularised.any(), regularised, 1) > 0
+    regularised = jnp.where(regularised.any(), regularised, 1) > 0  # none: show them all
     return {
         "beta_min": beta.min(where=regularised, initial=jnp.inf),
         "beta_mean": beta.mean(where=regularised),
@@ -659,9 +658,8 @@ def coefficient_metrics(beta, regularised, margin, mask, batch):
 
 
 # ================================================================================================
-# The algorithm ends here. Below is one way to run it: replace it with yours. Only `pretrain`,
-# `label_by_iql`, `finetune` and `main` know that there may be several seeds; only `main` imports
-# common/.
+# The algorithm ends here. Below is one way to run it: replace it with yours. It compiles functions
+# of one seed for S seeds at once (`seeds.vmap`). Only `main` imports common/.
 # ================================================================================================
 
 
@@ -670,18 +668,23 @@ def take(data, indices):
     return jax.tree.map(lambda x: x.at[indices].get(mode="promise_in_bounds"), data)
 
 
+def modify_reward(reward, config):
+    """The reward to learn from, offline and online: scaled, then shifted."""
+    return config.reward_scale * reward + np.float32(config.reward_bias)
+
+
 def update_keys(key, step):
     """The two keys of update `step`, for its batch and its noise, however calls divide updates."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 
 def sample_indices(keys, data, config):
-    """Uniform indices of one batch a key: keys [T] -> i32 [T, B]."""
+    """Uniform indices of one batch per key: keys [T] -> i32 [T, B]."""
     sample = lambda key: jax.random.randint(key, (config.batch_size,), 0, len(data.reward))
     return jax.vmap(sample)(keys)
 
 
-# --------------------------------------------------------------------------- training and acting
+# ---------------------------------------------------------------- training, acting and labelling
 
 
 def train_interval(state, data, config, num_updates=None):
@@ -699,7 +702,7 @@ def train_interval(state, data, config, num_updates=None):
         batch = take(data, indices)
         noise = sample_noise(key, batch, config)
         state, info = update_step(state, batch, noise, config)
-        names[:] = info
+        names[:] = info  # while this is traced
         return state, jnp.stack([*info.values()])  # one array: one kernel instead of ten
 
     state, metrics = jax.lax.scan(body, state, draws)
@@ -707,7 +710,7 @@ def train_interval(state, data, config, num_updates=None):
 
 
 def act(actor_params, observations):
-    """The deterministic policy, tanh(μ): standardised [B, O] -> [B, A]."""
+    """The policy to evaluate, tanh(μ): standardised [B, O] -> [B, A]."""
     mean, _ = actor(actor_params, observations)
     return jnp.tanh(mean)
 
@@ -734,9 +737,6 @@ def pretrain(state, data, evaluate, seeds, run, config):
     return state
 
 
-# ------------------------------------------------------------------------------------- labelling
-
-
 def iql_interval(state, data, config):
     """config.updates_per_call IQL updates in one scan. Returns the state and the mean losses."""
     steps = state.step + 1 + jnp.arange(config.updates_per_call)
@@ -748,7 +748,7 @@ def iql_interval(state, data, config):
 
 def label_by_iql(keys, data, seeds, run, config):
     """Trains one IQL for each seed, and labels the data with its advantage: keys [S] -> [S, N]."""
-    # Training uses the same keys: a number that no update reaches keeps the two apart.
+    # The states of training start from the same keys: a fold keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(keys)
     init = partial(iql_init, obs_dim=data.obs.shape[1], action_dim=data.action.shape[1])
     train = partial(iql_interval, config=config)
@@ -773,7 +773,7 @@ def select_trusted(rewards, ends, label, config):
     elif config.selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
     elif config.selection == "success":
-        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)
+        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)  # of reward 0
     else:
         trusted = label()
     return np.broadcast_to(trusted, (config.num_seeds, len(rewards)))
@@ -783,7 +783,7 @@ def select_trusted(rewards, ends, label, config):
 
 
 class ReplayBuffer(NamedTuple):
-    """The transitions of one seed's environment. When it is full, a new one replaces the oldest."""
+    """One seed's C latest online transitions: when it is full, a new one replaces the oldest."""
 
     rows: Transition  # [C, ...]
     added: jax.Array  # [] i32, transitions stored so far
@@ -815,23 +815,22 @@ def offline_part(data, ends, config):
         first, lengths, returns = episodes_of(np.asarray(data.reward), ends)
         best = np.argsort(-returns, kind="stable")[:50]
         indices = np.concatenate([np.arange(first[i], first[i] + lengths[i]) for i in best])
-    columns = [x[indices] for x in data[:-1]]
-    return Transition(*columns, trusted=data.trusted[:, indices])
+    return Transition(*(x[indices] for x in data[:-1]), trusted=data.trusted[:, indices])
 
 
 def sample_batch(key, data, buffer, config):
     """A batch of offline and stored transitions, all equally likely; `half`: half of each."""
-    batch, keys = (config.batch_size,), jax.random.split(key, 3)
+    shape, keys = (config.batch_size,), jax.random.split(key, 3)
     num_offline = len(data.reward)
     num_stored = jnp.minimum(buffer.added, len(buffer.rows.reward))
-    new = take(buffer.rows, jax.random.randint(keys[0], batch, 0, num_stored))
+    new = take(buffer.rows, jax.random.randint(keys[0], shape, 0, num_stored))
     if num_offline == 0:
         return new
-    old = take(data, jax.random.randint(keys[1], batch, 0, num_offline))
+    old = take(data, jax.random.randint(keys[1], shape, 0, num_offline))
     if config.buffer_init == "half":
         is_old = jnp.arange(config.batch_size) < config.batch_size // 2
     else:
-        is_old = jax.random.randint(keys[2], batch, 0, num_offline + num_stored) < num_offline
+        is_old = jax.random.randint(keys[2], shape, 0, num_offline + num_stored) < num_offline
     choose = jax.vmap(lambda is_old, old, new: jnp.where(is_old, old, new))
     return jax.tree.map(partial(choose, is_old), old, new)
 
@@ -862,7 +861,7 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
     learn = partial(online_step, config=config)
     learn = seeds.vmap(learn, in_axes=(0, 0, DATA_AXES), donate=0)
     play = seeds.vmap(act)
-    # Updates fold their number into the same keys: a number that they never reach keeps them apart.
+    # Updates fold their number into the same keys: exploration folds one that they never reach.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     buffer = seeds.spread(jax.vmap(lambda _: init_buffer(data, config))(keys))
     state, buffer = run.resume("online", (state, buffer), config.online_steps)
@@ -886,11 +885,6 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
 # ------------------------------------------------------------------------------------------ main
 
 NAME = Path(__file__).stem  # names the settings file, configs/NAME.py, and the folder runs/NAME
-
-
-def modify_reward(reward, config):
-    """The reward to learn from, offline and online: scaled, then shifted."""
-    return config.reward_scale * reward + np.float32(config.reward_bias)
 
 
 def make_transitions(dataset, config):
@@ -931,8 +925,8 @@ def main(config, workdir=None, resume=True):
     if config.offline_checkpoint:
         state, trusted = load_offline(config, dataset, like=jax.eval_shape(init, keys))
     else:
-        state, label = init(keys), partial(label_by_iql, keys, data, seeds, run, config)
-        label = partial(cached_labels, label, dataset, config)
+        state, train = init(keys), partial(label_by_iql, keys, data, seeds, run, config)
+        label = partial(cached_labels, train, data, config)
         trusted = select_trusted(np.asarray(data.reward), dataset.episode_ends, label, config)
         check_trusted(trusted, dataset, config)
     state = seeds.spread(state)
@@ -948,7 +942,7 @@ def main(config, workdir=None, resume=True):
         data = offline_part(data, dataset.episode_ends, config)
         state = finetune(state, data, envs, evaluate, seeds, run, config)
     save_checkpoint(run.workdir, "checkpoint", state, trusted, dataset)
-    return run.finish(state.threshold.stopped_at, trusted.mean(axis=1))
+    return run.finish(state.threshold.stopped_at, trusted)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 r"""SSAR on TD3+BC: selective state-adaptive regularization for offline RL (arXiv 2505.19923).
 
-TD3+BC weighs improvement against cloning the data with one constant. SSAR learns that constant per
-state. A network, the coefficient β_φ(s), falls where the data's actions are likely under the actor
-and rises where they are not. Only the trusted part D̂ of the data shapes it.
+TD3+BC uses one constant to weigh policy improvement against cloning the data. SSAR learns this
+weight per state: the coefficient β_φ(s), a network, falls where the data's actions are likely under
+the actor and rises where they are not. Only the trusted part D̂ of the data shapes it.
 
     D̂ ⊂ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
     every update, on a batch (s, a, r, s', d) of D:
@@ -10,47 +10,47 @@ and rises where they are not. Only the trusted part D̂ of the data shapes it.
         y  = r + γ (1 - d) min_i Q_target_i(s', a')
         Q_i: Adam on mean (Q_i(s, a) - y)²
         every policy_freq updates:
+            margin = (σn)² - mean_dims min((π(s) - a)², 1), with the π of before its step (Eq. 6)
             π: Adam on -mean Q_1(s, π(s)) / mean |Q_1| + mean β_φ(s) (π(s) - a)²
-            margin = (σn)² - mean_dims min((π(s) - a)², 1)                             (Eq. 6)
             β_φ: Adam on mean margin · β_φ(s) over D̂                                  (Eq. 5, 9)
-            every T_inc updates: n += (n_end - n_start) / 10,
+            every T_inc updates: n = min(n + (n_end - n_start) / 10, n_end),
                 until the mean margin over D̂ is positive once; n never moves again    (Sec. 3.2)
             targets: 0.005 new + 0.995 old
     online, after every environment step:
         store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline
-        transitions (all of D | half a batch | the 50 best episodes | none) and stored ones,
-        with β_φ and n frozen and β_φ scaled by max(1 - N / N_end, 0) after N such updates
+        transitions (all of D | half a batch | the 50 best episodes | none) and stored ones, with
+        new_policy_freq, β_φ and n frozen, and β_φ scaled by max(1 - N / N_end, 0) in the N-th one
 
 The margin is log π(a|s) - C_n(s), where C_n(s) is the log-density n standard deviations from π(s).
-For a Gaussian of width σ around π(s) it is ((σn)² - (π(s) - a)²) / (2σ²); the factor is dropped.
+For a Gaussian of width σ around π(s) it is ((σn)² - (π(s) - a)²) / (2σ²) in each dimension. The
+code drops the factor, and floors log π(a|s) at C_10(s), which for σ = 0.1 caps the square at 1.
 
     symbol  config field      authors' name    in        meaning
     β_φ     coefficient       ParaNet, beta    Eq. 5, 9  adaptive: a network; fixed: plain TD3+BC
-    β_init  coefficient_init  1 / alpha                  where β_φ starts; it stays < 1.5 β_init
-    n       n_start, n_end    n_away           Eq. 6     the threshold's width, in units of σ
+    β_init  coefficient_init  1 / alpha                  near where β_φ starts, < 1.5 β_init
+    n       n_start, n_end    n_away           Eq. 6     distance from π(s) to C_n's action, in σ
     T_inc   update_period     update_period    Sec. 3.2  updates between two tests of the threshold
     σ       expl_noise        expl_noise       Eq. 6     width of the Gaussian around π(s)
     D̂       selection         trusts           Eq. 9     none (all of D) | return | success | iql
-    G_T     return_threshold  ref_return                 trajectories above this return are trusted
+    G_T     return_threshold  ref_return                 return, in rewards after scale and bias
             select_actions    select_actions   Eq. 9     only D̂ shapes β_φ and the threshold
             loosen_bound      loosen_bound               only D̂ is cloned
             expectile         iql_tau                    IQL's expectile, for selection = iql
     c, γ    noise_clip, discount                         TD3's
     N_end   decay_steps       decay_steps                online updates until β_φ has faded
             buffer_init       load_way                   all | half | part | none
+    Defaults and every other field: configs/ssar_td3bc.py.
 
 Where the paper and the authors' code differ, this file follows the code, which made the published
-numbers: β_φ multiplies the cloning term, and only its mean size normalises the Q term; D̂ masks the
-β_φ loss, but the mean is over the whole batch; single batches test the threshold.
-It deviates from that code in six points. The annealing stops at 0 and never turns negative.
-beta_min, beta_mean and beta_max cover the transitions that are cloned, without zeros for the rest.
-A step that ends the task at the time limit is a terminal. Stored transitions never overwrite
-offline ones. Every transition stored online is trusted. Evaluation has its own environments.
+numbers: β_φ multiplies the cloning term, and the Q term is divided by its own mean size alone;
+D̂ masks the β_φ loss, but the mean is over the whole batch; single batches test the threshold.
+It deviates from that code in six points: the annealing stops at 0; beta_min, beta_mean and beta_max
+leave out transitions that are not cloned; a task that ends in the very step at which its time runs
+out is terminal; stored transitions never overwrite offline ones; all of them are trusted;
+evaluation has its own environments.
 
     python ssar_td3bc.py
     python ssar_td3bc.py --config=configs/ssar_td3bc.py:hopper-medium-v2 --config.num_seeds=5
-    python ssar_td3bc.py --config.offline_checkpoint=runs/ssar_td3bc/hopper-medium-v2/0 \
-        --config.online_steps=250000
 """
 
 from functools import partial
@@ -75,7 +75,7 @@ class Transition(NamedTuple):
     reward: jax.Array  # [B]
     next_obs: jax.Array  # [B, O]
     terminated: jax.Array  # [B] 1 where the task ended; a time limit does not end it
-    trusted: jax.Array  # [B] 1 in D̂
+    trusted: jax.Array  # [B] 1 in D̂, else 0
 
 
 class Noise(NamedTuple):
@@ -85,10 +85,10 @@ class Noise(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """The width of C_n(s), and the update at which it stopped growing."""
+    """The n of C_n(s), and the update at which a test stopped it."""
 
     n: jax.Array  # []
-    stopped_at: jax.Array  # [] i32, -1 while it grows
+    stopped_at: jax.Array  # [] i32, -1 until then
 
 
 class TrainState(NamedTuple):
@@ -125,7 +125,7 @@ class MLP(nn.Module):
 
     widths: tuple[int, ...]
     layer_norm: bool = False
-    kernel_inits: tuple = ()  # one a layer; PyTorch's by default
+    kernel_inits: tuple = ()  # one per layer; PyTorch's by default
 
     @nn.compact
     def __call__(self, x):
@@ -161,19 +161,19 @@ def critic(params, obs, action):
 
 def critics(params, obs, action):
     """Both Q, of stacked parameters: [B, O], [B, A] -> [2, B]."""
-    # Repeated inputs save copies between memory layouts.
+    # A shared input would be copied into another memory layout: 6 % of an update on a CPU.
     obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
     return jax.vmap(critic)(params, obs, action)
 
 
 def init_critics(key, in_dim, widths, **options):
-    """Parameters of two critics, stacked."""
+    """Parameters of two critics with PyTorch's init, stacked."""
     return jax.vmap(lambda key: init_mlp(key, in_dim, widths, **options))(jax.random.split(key))
 
 
 def coefficient(params, obs, config):
     """β_φ(s): [B, O] -> [B], in (0, 1.5 β_init)."""
-    with jax.default_matmul_precision("float32"):  # its learning rate is that small
+    with jax.default_matmul_precision("float32"):  # TF32 would round its small steps away
         return 1.5 * config.coefficient_init * nn.sigmoid(forward(params, obs)[..., 0])
 
 
@@ -198,7 +198,7 @@ def descend(loss, params, optimizer, opt_state, *args):
 def episodes_of(rewards, ends):
     """First row, number of rows and undiscounted return of each episode: three arrays [episodes].
 
-    rewards: float [N]. ends: bool [N], true in the last row of each episode.
+    rewards: float [N]. ends: bool [N], true in the last row of each episode, so at the end.
     """
     first = np.r_[0, np.flatnonzero(ends)[:-1] + 1]
     lengths = np.diff(np.r_[first, len(ends)])
@@ -279,7 +279,7 @@ def select_by_advantage(state, data):
         q = critics(state.critic, *row).min()
         return q >= forward(state.value, row[0])[0]
 
-    return jax.lax.map(is_trusted, (data.obs, data.action), batch_size=4096)
+    return jax.lax.map(is_trusted, (data.obs, data.action), batch_size=4096)  # bounds memory
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -294,12 +294,12 @@ def critic_loss(params, state, batch, noise, config):
     target = batch.reward + config.discount * (1 - batch.terminated) * next_q  # [B]
     q = critics(params, batch.obs, batch.action)  # [2, B]
     chex.assert_equal_shape([target, q[0]])
-    loss = sum(jnp.square(q - target).mean(axis=1))
+    loss = jnp.square(q - target).mean(axis=1).sum()
     return loss, {"critic_loss": loss, "q1": q.mean(axis=1)[0]}
 
 
 def actor_loss(params, state, batch, weight, config):
-    """The normalised Q term, and the cloning error weighted by `weight` [B]."""
+    """The normalised Q term, and the squared error, also in its info, weighted by `weight` [B]."""
     action = actor(params, batch.obs)
     q = critic(jax.tree.map(lambda x: x[0], state.critic), batch.obs, action)  # [B]
     squared_error = jnp.square(action - batch.action)  # [B, A]
@@ -322,12 +322,12 @@ def coefficient_loss(params, batch, margin, mask, config):
 
 
 def update_threshold(threshold, margin, mask, step, config):
-    """Widens C_n every T_inc updates until the masked mean margin is positive (Sec. 3.2)."""
+    """Raises n, which lowers C_n, until the masked mean margin is positive (Sec. 3.2)."""
     is_test = (step % config.update_period == 0) & (threshold.stopped_at < 0)
     passed = (margin * mask).sum() > 0  # has the sign of the mean; an empty mask never passes
-    wider = jnp.minimum(threshold.n + (config.n_end - config.n_start) / 10, config.n_end)
+    raised = jnp.minimum(threshold.n + (config.n_end - config.n_start) / 10, config.n_end)
     return Threshold(
-        n=jnp.where(is_test & ~passed, wider, threshold.n),
+        n=jnp.where(is_test & ~passed, raised, threshold.n),
         stopped_at=jnp.where(is_test & passed, step, threshold.stopped_at),
     )
 
@@ -383,8 +383,8 @@ def sample_noise(key, batch, config):
 def update_step(state, batch, noise, config, *, update_actor, online=False):
     """One update: the critics and, every policy_freq updates, actor, β_φ, threshold and targets.
 
-    update_actor: whether the second part is due. online: whether β_φ and n are frozen and β_φ is
-    annealed. Both are static. Returns the new state and a dictionary of scalars.
+    update_actor: whether this update, counted from 1, is a multiple of policy_freq. online: whether
+    β_φ and n are frozen and β_φ is annealed. Both are static. Returns the state and scalars.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     _, critic_adam, _ = optimizers(config)
@@ -400,12 +400,11 @@ def update_step(state, batch, noise, config, *, update_actor, online=False):
 
 def update_actor_and_coefficient(state, batch, config, online):
     """The actor, then β_φ and the threshold unless online, then all targets."""
-    actor_adam, _, beta_adam = optimizers(config)
+    actor_adam, _, _ = optimizers(config)
     everywhere = jnp.ones_like(batch.trusted)
-    adaptive = config.coefficient == "adaptive"
 
     # --- actor: β_φ weights the cloning term, which covers D̂ alone if loosen_bound ---
-    if adaptive:
+    if config.coefficient == "adaptive":
         beta = coefficient(state.coefficient, batch.obs, config)
         regularised = batch.trusted if config.loosen_bound else everywhere
     else:
@@ -416,10 +415,25 @@ def update_actor_and_coefficient(state, batch, config, online):
         actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, weight, config
     )
 
-    # --- β_φ and threshold: with the errors of the actor before its step, and the old n ---
     margin = log_likelihood_margin(info.pop("squared_error"), state.threshold, config)
-    mask = batch.trusted if config.select_actions else everywhere
-    if adaptive and not online:
+    state = state._replace(actor=policy, actor_opt=actor_opt)
+    state, mask = update_coefficient(state, batch, margin, config, online)
+
+    # --- targets ---
+    rate = config.target_update_rate
+    state = state._replace(
+        target_actor=optax.incremental_update(policy, state.target_actor, rate),
+        target_critic=optax.incremental_update(state.critic, state.target_critic, rate),
+    )
+    info["anneal"] = jnp.asarray(anneal, beta.dtype)
+    return state, info | coefficient_metrics(beta, regularised, margin, mask, batch)
+
+
+def update_coefficient(state, batch, margin, config, online):
+    """β_φ and then the threshold, unless online. Also returns the mask of the margin, [B]."""
+    _, _, beta_adam = optimizers(config)
+    mask = batch.trusted if config.select_actions else jnp.ones_like(batch.trusted)
+    if config.coefficient == "adaptive" and not online:
         beta_params, beta_opt, _ = descend(
             coefficient_loss, state.coefficient, beta_adam, state.coefficient_opt,
             batch, margin, mask, config,
@@ -428,22 +442,12 @@ def update_actor_and_coefficient(state, batch, config, online):
         state = state._replace(
             coefficient=beta_params, coefficient_opt=beta_opt, threshold=threshold
         )
-
-    # --- targets ---
-    rate = config.target_update_rate
-    state = state._replace(
-        actor=policy,
-        actor_opt=actor_opt,
-        target_actor=optax.incremental_update(policy, state.target_actor, rate),
-        target_critic=optax.incremental_update(state.critic, state.target_critic, rate),
-    )
-    info["anneal"] = jnp.asarray(anneal, beta.dtype)
-    return state, info | coefficient_metrics(beta, regularised, margin, mask, batch)
+    return state, mask
 
 
 def coefficient_metrics(beta, regularised, margin, mask, batch):
     """What β_φ and the threshold did in this batch; β_φ where the regulariser acts. Scalars."""
-    regularised = jnp.where(regularised.any(), regularised, 1) > 0
+    regularised = jnp.where(regularised.any(), regularised, 1) > 0  # none: show them all
     return {
         "beta_min": beta.min(where=regularised, initial=jnp.inf),
         "beta_mean": beta.mean(where=regularised),
@@ -456,9 +460,8 @@ def coefficient_metrics(beta, regularised, margin, mask, batch):
 
 
 # ================================================================================================
-# The algorithm ends here. Below is one way to run it: replace it with yours. Only `pretrain`,
-# `label_by_iql`, `finetune` and `main` know that there may be several seeds; only `main` imports
-# common/.
+# The algorithm ends here. Below is one way to run it: replace it with yours. It compiles functions
+# of one seed for S seeds at once (`seeds.vmap`). Only `main` imports common/.
 # ================================================================================================
 
 
@@ -467,22 +470,27 @@ def take(data, indices):
     return jax.tree.map(lambda x: x.at[indices].get(mode="promise_in_bounds"), data)
 
 
+def modify_reward(reward, config):
+    """The reward to learn from, offline and online: scaled, then shifted."""
+    return config.reward_scale * reward + np.float32(config.reward_bias)
+
+
 def update_keys(key, step):
     """The two keys of update `step`, for its batch and its noise, however calls divide updates."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 
 def sample_indices(keys, data, config):
-    """Uniform indices of one batch a key: keys [T] -> i32 [T, B]."""
+    """Uniform indices of one batch per key: keys [T] -> i32 [T, B]."""
     sample = lambda key: jax.random.randint(key, (config.batch_size,), 0, len(data.reward))
     return jax.vmap(sample)(keys)
 
 
-# --------------------------------------------------------------------------- training and acting
+# ---------------------------------------------------------------- training, acting and labelling
 
 
 def train_interval(state, data, config, num_updates=None):
-    """`num_updates` updates in one scan, by default config.updates_per_call.
+    """`num_updates` updates, a multiple of policy_freq, in one scan; see config.updates_per_call.
 
     data: Transition [N, ...]. Returns the state and the means of the metrics, taken at the updates
     that also move the actor.
@@ -500,7 +508,7 @@ def train_interval(state, data, config, num_updates=None):
             noise = sample_noise(key, batch, config)
             is_last = i == config.policy_freq - 1
             state, info = update_step(state, batch, noise, config, update_actor=is_last)
-        names[:] = info
+        names[:] = info  # while this is traced
         return state, jnp.stack([*info.values()])  # one array: one kernel instead of ten
 
     state, metrics = jax.lax.scan(body, state, draws)
@@ -508,7 +516,7 @@ def train_interval(state, data, config, num_updates=None):
 
 
 def act(actor_params, observations):
-    """The deterministic policy: standardised [B, O] -> [B, A]."""
+    """The policy to evaluate: standardised [B, O] -> [B, A]."""
     return actor(actor_params, observations)
 
 
@@ -534,9 +542,6 @@ def pretrain(state, data, evaluate, seeds, run, config):
     return state
 
 
-# ------------------------------------------------------------------------------------- labelling
-
-
 def iql_interval(state, data, config):
     """config.updates_per_call IQL updates in one scan. Returns the state and the mean losses."""
     steps = state.step + 1 + jnp.arange(config.updates_per_call)
@@ -548,7 +553,7 @@ def iql_interval(state, data, config):
 
 def label_by_iql(keys, data, seeds, run, config):
     """Trains one IQL for each seed, and labels the data with its advantage: keys [S] -> [S, N]."""
-    # Training uses the same keys: a number that no update reaches keeps the two apart.
+    # The states of training start from the same keys: a fold keeps the two apart.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(keys)
     init = partial(iql_init, obs_dim=data.obs.shape[1], action_dim=data.action.shape[1])
     train = partial(iql_interval, config=config)
@@ -573,7 +578,7 @@ def select_trusted(rewards, ends, label, config):
     elif config.selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
     elif config.selection == "success":
-        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)
+        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)  # of reward 0
     else:
         trusted = label()
     return np.broadcast_to(trusted, (config.num_seeds, len(rewards)))
@@ -583,7 +588,7 @@ def select_trusted(rewards, ends, label, config):
 
 
 class ReplayBuffer(NamedTuple):
-    """The transitions of one seed's environment. When it is full, a new one replaces the oldest."""
+    """One seed's C latest online transitions: when it is full, a new one replaces the oldest."""
 
     rows: Transition  # [C, ...]
     added: jax.Array  # [] i32, transitions stored so far
@@ -615,23 +620,22 @@ def offline_part(data, ends, config):
         first, lengths, returns = episodes_of(np.asarray(data.reward), ends)
         best = np.argsort(-returns, kind="stable")[:50]
         indices = np.concatenate([np.arange(first[i], first[i] + lengths[i]) for i in best])
-    columns = [x[indices] for x in data[:-1]]
-    return Transition(*columns, trusted=data.trusted[:, indices])
+    return Transition(*(x[indices] for x in data[:-1]), trusted=data.trusted[:, indices])
 
 
 def sample_batch(key, data, buffer, config):
     """A batch of offline and stored transitions, all equally likely; `half`: half of each."""
-    batch, keys = (config.batch_size,), jax.random.split(key, 3)
+    shape, keys = (config.batch_size,), jax.random.split(key, 3)
     num_offline = len(data.reward)
     num_stored = jnp.minimum(buffer.added, len(buffer.rows.reward))
-    new = take(buffer.rows, jax.random.randint(keys[0], batch, 0, num_stored))
+    new = take(buffer.rows, jax.random.randint(keys[0], shape, 0, num_stored))
     if num_offline == 0:
         return new
-    old = take(data, jax.random.randint(keys[1], batch, 0, num_offline))
+    old = take(data, jax.random.randint(keys[1], shape, 0, num_offline))
     if config.buffer_init == "half":
         is_old = jnp.arange(config.batch_size) < config.batch_size // 2
     else:
-        is_old = jax.random.randint(keys[2], batch, 0, num_offline + num_stored) < num_offline
+        is_old = jax.random.randint(keys[2], shape, 0, num_offline + num_stored) < num_offline
     choose = jax.vmap(lambda is_old, old, new: jnp.where(is_old, old, new))
     return jax.tree.map(partial(choose, is_old), old, new)
 
@@ -659,10 +663,11 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
     """
     choose = seeds.vmap(partial(explore, config=config), in_axes=(0, 0, 0, None))
     add = seeds.vmap(store, donate=0)
-    learn = partial(seeds.vmap, in_axes=(0, 0, DATA_AXES), donate=0)
-    learn = {due: learn(partial(online_step, config=config, update_actor=due)) for due in (0, 1)}
+    compiled = partial(seeds.vmap, in_axes=(0, 0, DATA_AXES), donate=0)
+    learn = partial(online_step, config=config)
+    learn = {due: compiled(partial(learn, update_actor=due)) for due in (False, True)}
     play = seeds.vmap(act)
-    # Updates fold their number into the same keys: a number that they never reach keeps them apart.
+    # Updates fold their number into the same keys: exploration folds one that they never reach.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     buffer = seeds.spread(jax.vmap(lambda _: init_buffer(data, config))(keys))
     state, buffer = run.resume("online", (state, buffer), config.online_steps)
@@ -689,11 +694,6 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
 # ------------------------------------------------------------------------------------------ main
 
 NAME = Path(__file__).stem  # names the settings file, configs/NAME.py, and the folder runs/NAME
-
-
-def modify_reward(reward, config):
-    """The reward to learn from, offline and online: scaled, then shifted."""
-    return config.reward_scale * reward + np.float32(config.reward_bias)
 
 
 def make_transitions(dataset, config):
@@ -734,8 +734,8 @@ def main(config, workdir=None, resume=True):
     if config.offline_checkpoint:
         state, trusted = load_offline(config, dataset, like=jax.eval_shape(init, keys))
     else:
-        state, label = init(keys), partial(label_by_iql, keys, data, seeds, run, config)
-        label = partial(cached_labels, label, dataset, config)
+        state, train = init(keys), partial(label_by_iql, keys, data, seeds, run, config)
+        label = partial(cached_labels, train, data, config)
         trusted = select_trusted(np.asarray(data.reward), dataset.episode_ends, label, config)
         check_trusted(trusted, dataset, config)
     state = seeds.spread(state)
@@ -751,7 +751,7 @@ def main(config, workdir=None, resume=True):
         data = offline_part(data, dataset.episode_ends, config)
         state = finetune(state, data, envs, evaluate, seeds, run, config)
     save_checkpoint(run.workdir, "checkpoint", state, trusted, dataset)
-    return run.finish(state.threshold.stopped_at, trusted.mean(axis=1))
+    return run.finish(state.threshold.stopped_at, trusted)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Actors in their environment: evaluation, and the transitions of online training."""
 
 import contextlib
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -96,11 +95,11 @@ class Evaluator:
 
 
 class Collector:
-    """The environment of each seed for online training; `seconds` is the time spent in them."""
+    """The environment of each seed for online training."""
 
     def __init__(self, dataset: Dataset, num_seeds: int, seed: int):
         self.slots = [_Slot(dataset) for _ in range(num_seeds)]
-        self.normalizer, self.env_id, self.seconds = dataset.normalizer, dataset.env.id, 0.0
+        self.normalizer, self.env_id = dataset.normalizer, dataset.env.id
         # The last seed of each block; evaluations take the first.
         self.seeds = [(SEED_BLOCK * (seed + i + 1) - 1) % 2**31 for i in range(num_seeds)]
 
@@ -114,7 +113,7 @@ class Collector:
 
     def step(self, actions: np.ndarray) -> Outcome:
         """Takes one step with actions [S, A] in [-1, 1]; a new episode follows one that ends."""
-        started, finished = time.perf_counter(), []
+        finished = []
         self.steps += 1
         results = [slot.step(action) for slot, action in zip(self.slots, actions, strict=True)]
         next_obs = self._observations()
@@ -123,7 +122,6 @@ class Collector:
                 finished.append(Finished(self.steps, i, slot.total, slot.length, slot.success))
                 slot.start()
         obs = self._observations()
-        self.seconds += time.perf_counter() - started
         reward, terminated, _ = np.array(results, np.float32).T
         for what, x in (("reward", reward), ("observation", next_obs), ("observation", obs)):
             if not np.isfinite(x).all():  # it would spoil the buffer and every later update

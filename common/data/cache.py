@@ -7,29 +7,39 @@ import sys
 import filelock
 import numpy as np
 
-from common.data.dataset import Dataset
+from common.data.dataset import fingerprint
+from common.run.stopping import stop_if_told
 
 # Besides the data, what the labels that IQL makes depend on.
 FIELDS = ("seed", "num_seeds", "expectile", "iql_steps", "batch_size", "discount")
-FIELDS += ("target_update_rate", "reward_scale", "reward_bias", "matmul_precision")
+FIELDS += ("target_update_rate", "matmul_precision")
 
 
 @contextlib.contextmanager
 def locked(path: str, doing: str):
     """Holds the lock file `path`; `doing` is what a process does that others wait for."""
-    lock = filelock.FileLock(path)
+    lock, waits = filelock.FileLock(path), False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=1 if waits else 0)
+        except filelock.Timeout:
+            if not waits:
+                print(f"waiting for the process that {doing} ({path})", file=sys.stderr, flush=True)
+            waits = True
+            stop_if_told()
     try:
-        held = lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"waiting for the process that {doing} ({path})", file=sys.stderr, flush=True)
-        held = lock.acquire()
-    with held:
         yield
+    finally:
+        lock.release()
 
 
-def cached_labels(make, dataset: Dataset, config) -> np.ndarray:
-    """The labels bool [S, N] that make() returns, or those that an earlier run has kept."""
-    name = "-".join(map(str, (dataset.fingerprint, *(config[field] for field in FIELDS))))
+def cached_labels(make, data, config) -> np.ndarray:
+    """The labels bool [S, N] that make() returns, from an earlier run where one has made them.
+
+    data: the arrays that IQL learns from, or None.
+    """
+    arrays = fingerprint(*(np.asarray(x) for x in data if x is not None))
+    name = "-".join(map(str, (arrays, *(config[field] for field in FIELDS))))
     make_all = lambda: {"trusted": make()}
     return cached(config.cache_dir, f"labels/{name}", make_all, "makes these labels")["trusted"]
 

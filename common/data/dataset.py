@@ -45,7 +45,6 @@ class Dataset:
     physics: str = "stock"  # d4rl: with the capsules of older MuJoCo builds
     observation_keys: tuple[str, ...] | None = None  # of dictionary observations, in column order
     scattered: float = 0.0  # share of rows followed by a row that is not their successor
-    saturated: float = 0.0  # share of rows with an action component at ±1
 
     def __str__(self):
         scores, keys = "raw returns, because there are no reference scores", self.observation_keys

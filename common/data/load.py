@@ -37,7 +37,6 @@ def load_dataset(config) -> Dataset:
     normalizer = fit_normalizer(columns["observations"], config.normalize_observations)
     for key in ("observations", "next_observations"):
         columns[key] = normalizer(columns[key])
-    at_bound = (np.abs(columns["actions"]) > 0.999).any(axis=1)
     dataset = Dataset(
         **columns,
         env=spec,
@@ -48,7 +47,6 @@ def load_dataset(config) -> Dataset:
         physics=physics,
         observation_keys=keys,
         scattered=scattered,
-        saturated=float(at_bound.sum() / max(len(at_bound), 1)),
     )
     print(dataset, flush=True)
     return dataset

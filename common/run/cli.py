@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import ml_collections
 
 from common.run.errors import NO_ROOM, Diverged, InputError, Stopped, Unwritable
 from common.run.folder import close_run, explain
@@ -48,8 +49,9 @@ def run(main, name: str) -> None:
     except Stopped as stopped:
         where = close_run()
         how = f"resumes from {where}" if where else "starts again, because nothing was saved"
-        print(f"{name}: stopped by {stopped}: the same command {how}", flush=True)
-        sys.exit(stopped.status)
+        with contextlib.suppress(OSError):  # whoever reads may be gone
+            print(f"{name}: stopped by {stopped}: the same command {how}", flush=True)
+        os._exit(stopped.status)  # at once: other hosts or a closed pipe would hold it up
     except Exception as error:
         _fail(explain(error) if isinstance(error, Diverged) else error, name)
     finally:
@@ -64,7 +66,7 @@ def _report_thread(failure):
 def _fail(error, name):
     """Ends the process with one sentence; raises errors that are not the user's."""
     close_run()  # and with it the progress bar
-    if isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EPIPE):
+    if isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EPIPE, errno.EACCES):
         error = Unwritable(error.filename or "the output", error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         reason = " ".join(str(error).split())[:200]
@@ -86,7 +88,7 @@ def _refuse(message):
 
 def _parse(name):
     """The flags, and the settings among the arguments."""
-    module = runpy.run_path(f"{ROOT}/configs/{name}.py")
+    module = _load_file(f"{ROOT}/configs/{name}.py")
     fields = "\n".join(f"  --config.{x}={y}" for x, y in module["get_config"]().items())
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(name, formatter_class=layout, allow_abbrev=False)
@@ -108,11 +110,13 @@ def load_config(name: str, file: str | None, settings: list[str]):
     Without a file: the script's own, or the settings of the run in offline_checkpoint. If the
     settings shorten offline_steps, the others are scaled. Raises InputError.
     """
-    config, given = _load_file(f"{ROOT}/configs/{name}.py"), {}
+    config, given = _get_config(f"{ROOT}/configs/{name}.py"), {}
     if file:
-        known, config = set(config), _load_file(*file.rsplit(":", 1))
-        if missing := sorted(known - set(config)):
-            raise InputError(f"--config={file} lacks {', '.join(missing)}: it is not for {name}")
+        known, config = config, _get_config(*file.rsplit(":", 1))
+        if missing := sorted(set(known) - set(config)):
+            fields = ", ".join(missing)
+            raise InputError(f"--config={file} lacks {fields}: add them, or give one for {name}")
+        _check_types(config, known)
     for setting in settings:
         field, _, text = setting.removeprefix("--config.").partition("=")
         if not setting.startswith("--config.") or "=" not in setting:
@@ -137,18 +141,38 @@ def _read(config, field, text):
         raise InputError(f"no field '{field}': did you mean {near}?")
     kind = config.get_type(field)
     try:
-        return READ.get(kind, str)(text)
-    except (ValueError, SyntaxError, KeyError):
+        value = READ.get(kind, str)(text)
+        if not isinstance(value, kind):
+            raise ValueError
+        return value
+    except (ValueError, SyntaxError, KeyError, TypeError):
         raise InputError(f"--config.{field}={text} must be of type {kind.__name__}") from None
 
 
-def _load_file(path, *task):
+def _check_types(config, known):
+    """Raises InputError for a field of another type than the script's own settings have."""
+    for field in known:
+        kind, found = known.get_type(field), config.get_type(field)
+        if found is not kind and (kind, found) != (float, int):
+            raise InputError(f"--config.{field}={config[field]!r} must be of type {kind.__name__}")
+
+
+def _get_config(path, *task):
     try:
-        return runpy.run_path(path)["get_config"](*task)
+        return ml_collections.ConfigDict(_load_file(path)["get_config"](*task))
+    except InputError:
+        raise
     except Exception as error:
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} "
-        reason = kind + " ".join(str(error).split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"--config={':'.join([path, *task])} fails: {reason}") from None
+
+
+def _load_file(path):
+    try:
+        return runpy.run_path(path)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"the settings file {path} cannot be loaded: {reason}") from None
 
 
 def join_hosts(hosts: str, config) -> None:

@@ -31,22 +31,13 @@ def broken_parts(content, name="") -> list[str]:
     return [name] if content.dtype.kind == "f" and not np.isfinite(content).all() else []
 
 
-def likely_cause(config, evaluations, dataset) -> str:
+def likely_cause(config, dataset) -> str:
     """Why training may have diverged, and what to do."""
     rewards = config.reward_scale * np.append(dataset.rewards, 1.0) + config.reward_bias
     value = np.abs(rewards).max() / max(1 - config.discount, 1e-3)
     if not value <= 1e4:
         return f"rewards make values of up to {value:.3g}: lower --config.reward_scale"
-    for field in ("critic_lr", "actor_lr", "coefficient_lr"):
-        if config[field] > 1e-3:
-            return f"--config.{field}={config[field]:g} is large: lower it"
-    n = [row["n"] for row in evaluations if row["seed"] == config.seed][-2:]
-    if n and n[0] < n[-1]:
-        return "n was growing: raise --config.update_period or lower --config.n_end"
-    if dataset.saturated > 0.05 and "cql_alpha" in config:  # π is a squashed Gaussian
-        share = f"{dataset.saturated:.0%} of the rows have an action at ±1"
-        return f"{share}, where log π is steep: rescale the actions"
-    return "nothing stands out: lower --config.critic_lr and actor_lr"
+    return "lower --config.critic_lr and --config.actor_lr, or --config.n_end if n was growing"
 
 
 def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
@@ -72,8 +63,6 @@ def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
             f"scattered rows: {dataset.scattered:.0%} of the rows are not followed by their "
             "successor, so returns are of pieces of episodes; keep the recorded order"
         )
-    if config.online_steps and (config.buffer_capacity or np.inf) < config.batch_size:
-        found.append("small buffer: buffer_capacity is less than a batch; raise it")
     if adaptive and not (config.offline_steps or config.offline_checkpoint):
         found.append("untrained coefficient: it learns offline only; give coefficient=fixed")
     returns = [0.0, *dataset.returns, *(row["return_mean"] for row in records.evaluations)]

@@ -64,7 +64,9 @@ class Run:
                 fix = "restore them, choose another folder, or set that run aside with --noresume"
                 raise InputError(f"the unfinished run in {workdir} had other data: {fix}")
             if not newest:
-                set_aside(workdir)
+                if set_aside(workdir):  # the lock's folder too
+                    self._held.close()
+                    self._held.enter_context(lock_folder(workdir))
                 write_json(os.path.join(workdir, "config.json"), config.to_dict())
             os.makedirs(self._unfinished, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
@@ -134,7 +136,7 @@ class Run:
         broken.sort(key=lambda name: ("beta" not in name, "loss" not in name))
         where = f"updates {step - self._size + 1} to {step}"
         where = f"environment step {step}" if self._phase == "online" else where
-        cause = diagnosis.likely_cause(self._config, self._records.evaluations, self._dataset)
+        cause = diagnosis.likely_cause(self._config, self._dataset)
         kept = "no checkpoint was due before"
         if self._saved:
             kept = f"the last finite checkpoint, {self._saved}, stays in {self._unfinished}"
@@ -199,16 +201,16 @@ class Run:
                 tqdm.write(f"warning: {warning}", file=sys.stderr)
             self._warned.add(kind)
 
-    def finish(self, n_stopped_at, trusted_fraction) -> dict:
+    def finish(self, n_stopped_at, trusted) -> dict:
         """Writes results.json, timing.json and the picture; returns the content of results.json.
 
-        n_stopped_at: [S], the update at which n stopped, negative for never. trusted_fraction: [S].
+        n_stopped_at: [S], the update at which n stopped, negative for never. trusted: bool [S, N].
         """
         from common.run.plot import plot_run
 
         self._bar.close()
         config, stops = self._config, [int(x) if x >= 0 else None for x in np.asarray(n_stopped_at)]
-        fractions = [float(x) for x in trusted_fraction]
+        fractions = [float(of_seed.mean()) if of_seed.size else 1.0 for of_seed in trusted]
         warnings = diagnosis.warnings(config, self._dataset, self._records, fractions)
         results = {"algorithm": self._script, "task": config.task, "seeds": self._records.seeds}
         results |= self._records.results() | {"n_stopped_at": stops, "warnings": warnings}
@@ -219,9 +221,8 @@ class Run:
             write_json(path("timing.json"), timing)
             write_json(path("results.json"), results)  # the run is finished from here on
         with contextlib.suppress(OSError):
-            for old in reversed(checkpoint.list_unfinished(self._unfinished)):
-                os.remove(old)
-            shutil.rmtree(self._unfinished)
+            os.rename(self._unfinished, f"{self._unfinished}.old")  # all of it at once
+            shutil.rmtree(f"{self._unfinished}.old")
             os.remove(path("lock"))
         close_run()
         print_table(results)

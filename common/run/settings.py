@@ -25,7 +25,11 @@ BOUNDS = (
     ("num_seeds", 1, 4096),
     ("batch_size", 1, 2**20),
     ("eval_interval eval_episodes policy_freq new_policy_freq update_period", 1, INT),
-    ("iql_steps num_sampled_actions block_size buffer_capacity updates_per_call", 1, INT),
+    (
+        "iql_steps num_sampled_actions block_size buffer_capacity updates_per_call full_length",
+        1,
+        INT,
+    ),
     ("offline_steps online_steps warmup_steps", 0, INT),
     ("seed", 0, INT - 4096),
     ("decay_steps", -1, INT),
@@ -87,6 +91,7 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
     name: of the script. Raises InputError.
     """
     config = ml_collections.ConfigDict(config)
+    check_bounds(config)
     default = f"runs/{name}/{config.task}/{config.seed}"
     if config.offline_checkpoint:
         default = config.offline_checkpoint.rstrip("/") + "-online"
@@ -111,8 +116,8 @@ def needs_iql(config) -> bool:
 
 def divisors(number: int, factor: int) -> list[int]:
     """The divisors of a number that are multiples of `factor`, in increasing order."""
-    factor = max(factor, 1)
-    return [d for d in range(factor, number + 1, factor) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({d for d in (*small, *(number // x for x in small)) if d % factor == 0})
 
 
 def scale_settings(config, given) -> None:
@@ -121,11 +126,12 @@ def scale_settings(config, given) -> None:
     Periods and lengths change in proportion, β_φ's learning rate inversely. Fields that were given
     too stay as they are.
     """
+    check_bounds(config)
     share = config.offline_steps / config.get("full_length", math.inf)
     if "offline_steps" not in given or not share or config.offline_checkpoint:
         return
     scaled = {"update_period", "eval_interval", "iql_steps", "coefficient_lr"} - set(given)
-    together = max(config.get("policy_freq", 1), 1)
+    together = config.get("policy_freq", 1)
     if "update_period" in scaled:
         config.update_period = max(round(config.update_period * share / together), 1) * together
     if "eval_interval" in scaled:
@@ -139,31 +145,37 @@ def scale_settings(config, given) -> None:
         config.coefficient_lr = min(config.coefficient_lr / share, 1.0)
 
 
+def refuse(config, field, why):
+    """Raises InputError for the value of a field."""
+    alias = " (cql_alpha)" if field == "coefficient_init" and "cql_alpha" in config else ""
+    raise InputError(f"--config.{field}={config[field]}{alias} {why}")
+
+
+def check_bounds(config) -> None:
+    """Raises InputError for a number that is too small or too large."""
+    for fields, low, high in BOUNDS:
+        for field in fields.split():
+            if config.get(field) is not None and not low <= config[field] <= high:
+                bound = f"at most {high}" if config[field] > high else f"at least {low}"
+                refuse(config, field, f"must be {bound}")
+
+
 def check_settings(config) -> None:
     """Raises InputError, naming the field and the fix, for values that cannot work."""
-
-    def refuse(field, why):
-        alias = " (cql_alpha)" if field == "coefficient_init" and "cql_alpha" in config else ""
-        raise InputError(f"--config.{field}={config[field]}{alias} {why}")
-
     if source := config.offline_checkpoint:
         flag = f"--config.offline_checkpoint={source}"
         fix = "use that run's script, and leave out its settings and --config="
         check_same(load_settings(source), config, ONLINE_FIELDS, f"{flag} is a run", fix)
     for field, known in CHOICES.items():
         if config.get(field) not in known:
-            refuse(field, f"is unknown: choose one of {', '.join(filter(None, known))}")
-    for fields, low, high in BOUNDS:
-        for field in fields.split():
-            if config.get(field) is not None and not low <= config[field] <= high:
-                bound = f"at most {high}" if config[field] > high else f"at least {low}"
-                refuse(field, f"must be {bound}")
+            refuse(config, field, f"is unknown: choose one of {', '.join(filter(None, known))}")
+    check_bounds(config)
     for field, passes, why in RULES:
         if config.get(field) is not None and not passes(config[field], config):
-            refuse(field, why.format(c=config))
+            refuse(config, field, why.format(c=config))
     multiples = [("online_steps", "eval_interval")]
     if config.offline_steps and not config.offline_checkpoint:
         multiples += MULTIPLES + (("iql_steps", "updates_per_call"),) * needs_iql(config)
     for field, divisor in multiples:
         if config.get(field, 0) % config.get(divisor, 1):
-            refuse(field, f"must be a multiple of --config.{divisor}={config[divisor]}")
+            refuse(config, field, f"must be a multiple of --config.{divisor}={config[divisor]}")

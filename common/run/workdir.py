@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import shutil
 import sys
 
 import filelock
@@ -80,20 +81,27 @@ def lock_folder(workdir: str):
         raise InputError(f"--workdir={workdir} is in use by another process: {fix}") from None
 
 
-def set_aside(workdir: str) -> None:
-    """Moves an earlier run, if there is one, to <workdir>.1, .2, ...; config.json goes last."""
+def set_aside(workdir: str) -> bool:
+    """Renames an earlier run's folder to <workdir>.1, .2, ...; returns whether there was one."""
     workdir, number = os.path.realpath(workdir), 1
-    if not has(
-        workdir, "results.json", "scores.csv", "unfinished/*.msgpack", "unfinished/*.broken"
-    ):
-        return
-    names = sorted(set(os.listdir(workdir)) - {"lock"}, key=lambda name: name == "config.json")
+    traces = (
+        "results.json",
+        "scores.csv",
+        "*.msgpack",
+        "unfinished/*.msgpack",
+        "unfinished/*.broken",
+    )
+    if not has(workdir, *traces):
+        return False
     while os.path.exists(aside := f"{workdir}.{number}"):
         number += 1
-    os.makedirs(aside)
-    for name in names:
-        os.rename(os.path.join(workdir, name), os.path.join(aside, name))
+    os.rename(workdir, aside)
+    os.makedirs(workdir)
+    os.remove(os.path.join(aside, "lock"))
+    for rest in ("unfinished", "unfinished.old") if has(aside, "results.json") else ():
+        shutil.rmtree(os.path.join(aside, rest), ignore_errors=True)
     print(f"the earlier run in {workdir} is now {aside}", file=sys.stderr)
+    return True
 
 
 def write_json(path: str, content) -> None:

@@ -95,7 +95,7 @@ def golden_inputs(ssar, case, i, dtype):
         noise = ssar.Noise(get("draw/target_policy_noise_unit"))
     else:
         noise = ssar.Noise(
-            policy=get("draw/policy_eps"),
+            action=get("draw/policy_eps"),
             target_action=get("draw/target_policy_eps").reshape(len(columns[0]), -1, 3),
             random_action=get("draw/cql_random_actions"),
             current_action=get("draw/cql_current_eps"),

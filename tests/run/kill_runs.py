@@ -106,11 +106,12 @@ def main(name, folder, kills, online_steps):
         name, number = f"killed_{number}", number + 1
         config, workdir = None, os.path.join(folder, name)
         config = tiny_config(data, script.__name__, **settings, **cache(name))
-        while not attempt(script.main, config, workdir, rng.uniform(0.1, 1) * longest):
+        stretch = 1.0  # grows: a resumed run may have to compile what the cache does not hold
+        while not attempt(script.main, config, workdir, rng.uniform(0.1, stretch) * longest):
             unfinished = os.path.join(workdir, "unfinished")
             found = sorted(os.listdir(unfinished)) if os.path.exists(unfinished) else []
             killed.append(found[-1] if found else "before a checkpoint")
-            print(f"{name} killed after {killed[-1]}", file=sys.stderr)
+            stretch *= 1.3
         if online_steps:
             check_online(whole, workdir, config)
         else:

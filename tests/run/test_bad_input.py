@@ -60,6 +60,17 @@ def files(folder):
     return found
 
 
+TEXT = """
+from configs.ssar_td3bc import get_config as ours
+
+def get_config(task="demo"):
+    config = ours(task)
+    with config.ignore_type():
+        config.loosen_bound = "False"
+    return config
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The files that the commands below name."""
@@ -77,7 +88,8 @@ def folder(tmp_path_factory):
     ):
         script = name if name.startswith("ssar") else "ssar_td3bc"
         (folder / f"{name}.py").write_text(SETTINGS.format(data=path, script=script, more=more))
-    for name, text in (("nothing", "x = 3"), ("prose", "I would"), ("fails", "import nowhere")):
+    for name, text in (("nothing", "x = 3"), ("prose", "I would"), ("fails", "import nowhere"),
+                       ("text", TEXT)):  # fmt: skip
         (folder / f"{name}.py").write_text(f"{text}\n")
     (folder / "thesis").mkdir()
     for name in ("file", "thesis/chapter.tex"):
@@ -121,10 +133,14 @@ TABLE = {
     "no Minari id": ([FREE, *field(dataset="mujoco/none-v0")], "mujoco/none-v0"),
     "no data at all": (FREE, "buffer_init=part needs a --config.dataset; only offline_steps=0"),
     # --- settings ---
-    "no settings in the file": ("--config={folder}/nothing.py", "fails: KeyError 'get_config'"),
-    "no Python in the file": ("--config={folder}/prose.py", "fails: SyntaxError"),
-    "a file that fails": ("--config={folder}/fails.py", "fails: ModuleNotFoundError No module"),
-    "no settings file": ("--config=configs/none.py", "none.py fails: [Errno 2] No such file"),
+    "a tuple that is none": ("--config.hidden_dims=256", "hidden_dims=256 must be of type tuple"),
+    "a negative length": ("--config.offline_steps=-10", "offline_steps=-10 must be at least 0"),
+    "no full length": ("--config.full_length=0", "full_length=0 must be at least 1"),
+    "a text for a truth": ("--config={folder}/text.py", "must be of type bool"),
+    "no settings in the file": ("--config={folder}/nothing.py", "fails: KeyError"),
+    "no Python in the file": ("--config={folder}/prose.py", "loaded: SyntaxError"),
+    "a file that fails": ("--config={folder}/fails.py", "loaded: ModuleNotFoundError: No module"),
+    "no settings file": ("--config=configs/none.py", "none.py cannot be loaded"),
     "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "lacks expl_noise, expl"),
     "no such task": (f"--config={ROOT}/configs/ssar_td3bc.py:hoper", "unknown task 'hoper'"),
     "a path as a task": ("--config={folder}/sly.py", "task=../x must be letters, digits"),
