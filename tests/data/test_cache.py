@@ -2,16 +2,17 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from unittest import mock
 
+import filelock
 import numpy as np
 import pytest
 from toys import tiny_config
 
 from common.data import cached_labels
+from common.run.errors import Stopped
 
-DATA = SimpleNamespace(fingerprint="0123456789abcdef")
+DATA = (np.arange(6.0).reshape(3, 2), np.ones(3), None)
 LABELS = np.array([[True, False, True]])
 
 
@@ -37,12 +38,12 @@ def test_other_data_and_settings_need_labels_of_their_own(tmp_path):
     make, calls = mock.Mock(return_value=LABELS), 1
     cached_labels(make, DATA, settings(tmp_path))
     others = {"seed": 1, "num_seeds": 2, "expectile": 0.5, "iql_steps": 60, "batch_size": 16}
-    others |= {"discount": 0.9, "target_update_rate": 0.01, "reward_scale": 2.0}
-    others |= {"reward_bias": -1.0, "matmul_precision": "bfloat16"}
+    others |= {"discount": 0.9, "target_update_rate": 0.01, "matmul_precision": "bfloat16"}
     for calls, (field, value) in enumerate(others.items(), start=2):
         cached_labels(make, DATA, settings(tmp_path, **{field: value}))
         assert make.call_count == calls, field
-    cached_labels(make, SimpleNamespace(fingerprint="other"), settings(tmp_path))
+    clipped = (DATA[0].clip(0, 4), *DATA[1:])  # as CQL does with actions
+    cached_labels(make, clipped, settings(tmp_path))
     cached_labels(make, DATA, settings(tmp_path, update_period=20))  # labels do not depend on it
     assert make.call_count == calls + 1
 
@@ -66,6 +67,15 @@ def test_several_processes_make_labels_once(tmp_path, capsys):
             err += capsys.readouterr().err
         proceed.set()
         np.testing.assert_array_equal(first.result(60), second.result(60))
+
+
+def test_who_waits_for_labels_can_be_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.data.cache.stop_if_told", mock.Mock(side_effect=Stopped(15)))
+    cached_labels(lambda: LABELS, DATA, settings(tmp_path))
+    (file,) = (tmp_path / "labels").glob("*.npz")
+    file.unlink()
+    with filelock.FileLock(f"{file}.lock"), pytest.raises(Stopped):
+        cached_labels(lambda: LABELS, DATA, settings(tmp_path))
 
 
 def test_labels_that_cannot_be_kept_cost_a_warning(tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from toys import tiny_config, toy_columns, write_hdf5
 
-from common.run import cli
+from common.run import InputError, cli
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = """
@@ -264,3 +264,8 @@ def test_what_is_printed_may_have_no_room(full, folder):
     assert done.returncode == 1 and "Traceback" not in said
     words = "ssar_td3bc: the output cannot be written (No space left on device): free space"
     assert said.splitlines()[-1].startswith(words)
+
+
+def test_a_variant_without_settings_is_told_which_file_it_lacks():
+    with pytest.raises(InputError, match=r"configs/my_variant\.py cannot be loaded"):
+        cli._parse("my_variant")

@@ -70,3 +70,12 @@ def test_main_runs_with_the_stub(folder, snippets, script):
     assert re.findall(r"update (\d+) distance", out) == ["100", "200"]
     with np.load(folder / "checkpoint.npz") as saved:
         assert len(saved["arr_0"]) == 2  # one actor for each seed
+
+
+def test_the_readme_links_to_definitions():
+    with open(os.path.join(ROOT, "README.md")) as file:
+        links = re.findall(r"\((ssar_\w+\.py)#L(\d+)\)", file.read())
+    assert len(links) >= 16
+    for script, line in links:
+        with open(os.path.join(ROOT, script)) as file:
+            assert file.read().splitlines()[int(line) - 1].startswith("def ")

@@ -252,6 +252,20 @@ def test_a_signal_saves_and_the_same_command_resumes(data, tmp_path):
     assert steps == list(range(20, 20 * len(steps) + 1, 20)) and len(steps) >= 4
 
 
+@pytest.mark.slow
+def test_a_closed_pipe_changes_neither_checkpoint_nor_status(data, tmp_path):
+    """As in `python ssar_td3bc.py | tee log`, where Ctrl-C ends tee too."""
+    (command, env), scores = command_of(data, tmp_path), tmp_path / "run" / "scores.csv"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=env, **pipes)
+    while not scores.exists():
+        time.sleep(0.02)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.stderr.read() and process.wait(60) == 130
+    assert list((tmp_path / "run" / "unfinished").glob("offline-*.msgpack"))
+
+
 # --------------------------------------------------------------------------------- failing well
 
 
