@@ -14,9 +14,7 @@ HOST = re.compile(r"infeed|outfeed|stablehlo\.(send|recv)|callback|host|annotate
 
 
 @pytest.mark.parametrize(
-    ("ssar", "blocks"),
-    [(ssar_td3bc, {}), (ssar_cql, {"block_size": None}), (ssar_cql, {"block_size": 8})],
-    ids=["td3bc", "cql", "cql-blocks"],
+    ("ssar", "blocks"), [(ssar_td3bc, {}), (ssar_cql, {"block_size": None})], ids=["td3bc", "cql"]
 )
 def test_programs_stay_on_the_device_and_overwrite_their_state(ssar, blocks):
     lowered = []
