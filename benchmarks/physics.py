@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common.data import d4rl
 from common.data.dataset import Dataset, fit_normalizer
 from common.envs.d4rl_physics import MODELS, d4rl_physics
-from common.envs.make import check_env, env_spec, make_env
+from common.envs.make import env_spec, make_env, try_env
 from common.evaluation import Evaluator
 from common.run.errors import InputError
 
@@ -50,7 +50,7 @@ def load_actor(path):
 
 def play(act, spec, episodes, seed=0):
     """Complete episodes, each from a start of its own: Episodes [1, E]."""
-    _, *widths = check_env(spec, spec.id, ())
+    _, widths, _ = try_env(spec, spec.id, ())
     observations, actions = (np.zeros((0, width), np.float32) for width in widths)
     none, identity = np.zeros(0), fit_normalizer(observations)
     columns = (observations, actions, none, observations, none, none)
@@ -124,7 +124,7 @@ def report(path, given):
     env_id, is_actor = given.env, path.endswith(".npz")
     if not is_actor and not env_id:
         with h5py.File(path, "r") as file:
-            task = d4rl.find_task("", path)
+            task = d4rl.FILES.get(os.path.basename(path))
             env_id = file.attrs.get("env_id") or (task.env_id if task else None)
     stock = env_spec(env_id, path)
     specs = {"d4rl": d4rl_physics(stock)} | ({"stock": stock} if stock.name in MODELS else {})

@@ -1,13 +1,12 @@
 """Actors in their environment: evaluation, and the transitions of online training."""
 
-import contextlib
 from typing import NamedTuple
 
 import numpy as np
 
 from common.data.dataset import Dataset
-from common.envs.make import flatten, make_env
-from common.run.errors import Diverged, InputError
+from common.envs.make import Slot
+from common.run.errors import InputError
 from common.run.stopping import stop_if_told
 
 SEED_BLOCK = 100_000  # environment seeds of one training seed
@@ -16,7 +15,7 @@ SEED_BLOCK = 100_000  # environment seeds of one training seed
 class Episodes(NamedTuple):
     """One evaluation: E complete episodes of each of S seeds."""
 
-    returns: np.ndarray  # [S, E], undiscounted, in the environment's rewards
+    returns: np.ndarray  # [S, E], undiscounted, in the environment's rewards; NaN if they are
     lengths: np.ndarray  # [S, E], steps
     success: np.ndarray  # [S, E], 1 if the environment ever reported success; NaN if it never does
 
@@ -41,40 +40,13 @@ class Outcome(NamedTuple):
     finished: list[Finished]  # episodes that ended with this step
 
 
-class _Slot:
-    """An environment of the data set, and the episode it is in."""
-
-    def __init__(self, dataset: Dataset):
-        self.env, self.keys = make_env(dataset.env), dataset.observation_keys
-
-    def start(self, seed: int | None = None) -> None:
-        self.obs = flatten(self.env.reset(seed=seed)[0], self.keys)
-        self.total, self.length, self.success = 0.0, 0, np.nan
-
-    def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        """Returns the reward, and whether the task or its time has ended."""
-        if not np.isfinite(action).all():
-            raise Diverged(
-                f"diverged: the actor's action is not finite in step {self.length + 1} of an "
-                "episode: lower --config.actor_lr or --config.critic_lr"
-            )
-        action = action.reshape(self.env.action_space.shape)
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        reward = np.asarray(reward, float).item()
-        self.obs = flatten(observation, self.keys)
-        self.total, self.length = self.total + reward, self.length + 1
-        for name in ("success", "is_success"):
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # None, or no number
-                self.success = float(np.fmax(self.success, np.max(info[name])))
-        return reward, terminated, truncated
-
-
 class Evaluator:
     """Environments of their own, `episodes` for each seed, with the same starts every time."""
 
     def __init__(self, dataset: Dataset, num_seeds: int, episodes: int, seed: int):
         self.shape, self.normalizer = (num_seeds, episodes), dataset.normalizer
-        self.slots = [_Slot(dataset) for _ in range(num_seeds * episodes)]
+        new_slot = lambda _: Slot(dataset.env, dataset.observation_keys)
+        self.slots = list(map(new_slot, range(num_seeds * episodes)))
         # A seed starts from the same states whether it is evaluated alone or with others.
         places = np.ndindex(*self.shape)
         self.seeds = [(SEED_BLOCK * (seed + i) + j) % 2**31 for i, j in places]
@@ -98,7 +70,7 @@ class Collector:
     """The environment of each seed for online training."""
 
     def __init__(self, dataset: Dataset, num_seeds: int, seed: int):
-        self.slots = [_Slot(dataset) for _ in range(num_seeds)]
+        self.slots = [Slot(dataset.env, dataset.observation_keys) for _ in range(num_seeds)]
         self.normalizer, self.env_id = dataset.normalizer, dataset.env.id
         # The last seed of each block; evaluations take the first.
         self.seeds = [(SEED_BLOCK * (seed + i + 1) - 1) % 2**31 for i in range(num_seeds)]
@@ -121,15 +93,13 @@ class Collector:
             if any(results[i][1:]):
                 finished.append(Finished(self.steps, i, slot.total, slot.length, slot.success))
                 slot.start()
-        obs = self._observations()
         reward, terminated, _ = np.array(results, np.float32).T
-        for what, x in (("reward", reward), ("observation", next_obs), ("observation", obs)):
-            if not np.isfinite(x).all():  # it would spoil the buffer and every later update
-                raise InputError(
-                    f"{self.env_id} gave a {what} that is not finite at environment step "
-                    f"{self.steps}: fix the environment, then give the same command to resume"
-                )
-        return Outcome(reward, next_obs, terminated, obs, finished)
+        if not np.isfinite(reward).all():  # it would spoil the buffer and every later update
+            raise InputError(
+                f"{self.env_id} gave a reward that is not finite at environment step {self.steps}: "
+                "fix the environment, then give the same command to resume"
+            )
+        return Outcome(reward, next_obs, terminated, self._observations(), finished)
 
     def _observations(self) -> np.ndarray:
         return self.normalizer(np.stack([slot.obs for slot in self.slots]).astype(np.float32))

@@ -41,6 +41,7 @@ def defaults():
     c.dataset = config_dict.placeholder(str)
     c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
     c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one that the data name
+    c.max_episode_steps = config_dict.placeholder(int)  # by default the environment's limit
     c.physics = config_dict.placeholder(str)  # d4rl | stock; by default d4rl for D4RL's tasks
     c.observation_keys = ""  # of dictionary observations, such as observation,desired_goal
     c.d4rl_rows = "all"  # all | qlearning: only those that D4RL's qlearning_dataset keeps
@@ -60,7 +61,8 @@ def defaults():
     c.eval_episodes = 10
     c.updates_per_call = 50  # in one compiled call, at most; a divisor of eval_interval is used
     c.checkpoint_minutes = 1.0  # between checkpoints; 0: only before evaluations
-    c.cache_dir = "~/.cache/ssar-jax"  # IQL labels, copies of Minari data, compiled programs
+    c.cache_dir = "~/.cache/ssar-jax"  # IQL labels and compiled programs
+    c.wandb = config_dict.placeholder(str)  # project of Weights & Biases to send curves to
 
     # CQL
     c.matmul_precision = "float32"  # or bfloat16, as JAX understands it; β_φ stays in float32

@@ -1,4 +1,4 @@
-r"""Runs scripts, tasks and seeds on this machine or on a SLURM cluster, through submitit.
+r"""Runs scripts, tasks and seeds on this machine or, through submitit, on a SLURM cluster.
 
     python experiments/sweep.py runs/sweep --tasks hopper-medium-v2 walker2d-medium-v2 --seeds=5
     python experiments/sweep.py runs/fixed --tasks hopper-medium-v2 --seeds=5 --seeds-per-run=5 \
@@ -8,8 +8,8 @@ An algorithm is a script <name>.py in this repository with its settings in confi
 does what `python <name>.py --config=configs/<name>.py:<task>` does with the settings after `--`.
 Its folder is <folder>/<name>/<task>/<first seed>. The same command skips finished runs, waits for
 those that the cluster still has, and resumes the rest. A cluster's job whose time is up is queued
-again and resumes. At the end, the scores of all finished runs in the folder are printed and written
-to <folder>/table.csv. The output of jobs is in <folder>/jobs.
+again and resumes. At the end, experiments/compare.py compares all finished runs in the folder, in
+<folder>/table.csv and in <folder>/<task>.png. The output of jobs is in <folder>/jobs.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import filelock
 import jax
-import numpy as np
 import submitit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,13 +38,12 @@ from common.run import InputError, prepare  # noqa: E402
 from common.run.cli import load_config  # noqa: E402
 from common.run.settings import MAY_CHANGE  # noqa: E402
 from common.run.workdir import check_same, load_settings, write_json  # noqa: E402
-
-SCORES = ("behaviour", "last", "mean_last_10", "best")
+from experiments.compare import COLUMNS, compare  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a script: the function that submitit stores and calls."""
+    """One run of a script: on SLURM, the function that submitit stores and calls."""
 
     folder: Path
     algorithm: str
@@ -57,25 +56,21 @@ class Run:
     def name(self):
         return f"{self.algorithm}/{self.task}/{self.seed}"
 
-    def arguments(self):
-        """The settings file with its task, and the settings that change it."""
-        seeds = f"--config.seed={self.seed}", f"--config.num_seeds={self.num_seeds}"
-        return f"{ROOT}/configs/{self.algorithm}.py:{self.task}", [*seeds, *self.settings]
+    def command(self):
+        """The script, its settings file with the task, and the settings that change it."""
+        file = f"{ROOT}/configs/{self.algorithm}.py:{self.task}"
+        flags = [f"--config={file}", f"--workdir={self.folder / self.name}"]
+        flags += [f"--config.seed={self.seed}", f"--config.num_seeds={self.num_seeds}"]
+        return [f"{ROOT}/{self.algorithm}.py", *flags, *self.settings]
 
     def is_finished(self):
         return (self.folder / self.name / "results.json").exists()
 
     def __call__(self):
-        if self.is_finished():  # by a job that was submitted twice
-            return
-        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
-            os.setpgrp()  # Ctrl-C reaches the sweep alone, which then sends SIGTERM
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the script installs its own handler
-        script, (file, settings) = f"{ROOT}/{self.algorithm}.py", self.arguments()
-        sys.argv = [script, f"--config={file}", f"--workdir={self.folder / self.name}", *settings]
-        print(*sys.argv, flush=True)
-        sys.path.insert(0, str(ROOT))
-        runpy.run_path(script, run_name="__main__")
+        if not self.is_finished():  # by a job that was submitted twice
+            sys.argv, sys.path[:0] = self.command(), [str(ROOT)]
+            print(*sys.argv, flush=True)
+            runpy.run_path(sys.argv[0], run_name="__main__")
 
     def checkpoint(self):
         """submitit calls this when the time is up, and queues what it returns."""
@@ -102,9 +97,11 @@ def parse(argv):
     args = parser.parse_args(argv[:split])
     args.settings, args.folder = argv[split + 1 :], Path(args.folder).expanduser().absolute()
     args.tasks, args.algorithms = (list(dict.fromkeys(x)) for x in (args.tasks, args.algorithms))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    args.visible = [int(gpu) for gpu in visible if gpu.strip().isdigit()] or range(10**6)
-    if args.cluster == "local" and args.parallel * args.gpus > len(args.visible):
+    # Numbers, or names such as GPU-8f3a or MIG-5c21; by default as many as are asked for.
+    needed = args.parallel * args.gpus
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(needed))))
+    args.visible = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
+    if args.cluster == "local" and args.visible and needed > len(args.visible):
         parser.error("--parallel runs with --gpus each need more GPUs than CUDA_VISIBLE_DEVICES")
     for field in ("seeds", "seeds_per_run", "parallel"):
         if getattr(args, field) < 1:
@@ -126,7 +123,8 @@ def check(run):
     if wrong := [setting for setting in run.settings if setting.startswith(own)]:
         raise InputError(f"leave {wrong[0]} out: the sweep sets the seeds, see --seeds")
     try:
-        config = load_config(run.algorithm, *run.arguments())
+        _, file, _, *settings = run.command()
+        config = load_config(run.algorithm, file.removeprefix("--config="), settings)
         config, _ = prepare(config, str(run.folder / run.name), run.algorithm, resume=False)
     except InputError as error:
         raise InputError(f"{run.algorithm}, {run.task}: {error}") from None
@@ -138,49 +136,51 @@ def check(run):
 
 
 def run_here(runs, args):
-    """Fills `parallel` slots, each with its own GPUs; closing it stops them. Yields (run, job)."""
-    executor = submitit.LocalExecutor(args.folder / "jobs")
-    executor.update_parameters(timeout_min=10**6)
+    """Fills `parallel` slots, each with its own GPUs; closing it stops them. Yields (run, logs)."""
     waiting, running = collections.deque(runs), {}
     try:
         while waiting or running:
             for slot in range(args.parallel):
-                if slot in running and running[slot][1].done():
-                    yield running.pop(slot)
+                if slot in running and running[slot][1].poll() is not None:
+                    run, _, log = running.pop(slot)
+                    yield run, [log]
                 if slot not in running and waiting:
                     run = waiting.popleft()
-                    gpus = list(args.visible[slot * args.gpus : (slot + 1) * args.gpus])
-                    executor.update_parameters(gpus_per_node=args.gpus, visible_gpus=gpus)
-                    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job inherits it
-                    running[slot] = run, executor.submit(run)
-                    signal.signal(signal.SIGINT, previous)
+                    log = args.folder / "jobs" / f"{run.name}.log"
+                    log.parent.mkdir(parents=True, exist_ok=True)
+                    gpus = ",".join(args.visible[slot * args.gpus : (slot + 1) * args.gpus])
+                    env = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONUNBUFFERED": "1"}
+                    command = [sys.executable, *run.command()]
+                    with open(log, "w") as file:  # a session of its own hears no Ctrl-C
+                        where = {"stdout": file, "stderr": subprocess.STDOUT, "env": env}
+                        process = subprocess.Popen(command, start_new_session=True, **where)
+                    running[slot] = run, process, log
                     print(f"{run.name} starts; {len(waiting)} wait", flush=True)
             time.sleep(0.5)
     finally:
-        stop_jobs([job for _, job in running.values()])
+        stop([process for _, process, _ in running.values()])
 
 
-def stop_jobs(jobs):
+def stop(processes):
     """Sends SIGTERM, so that runs save and stop; again at each signal, and after a minute."""
 
-    def stop(*_):
-        for job in jobs:
-            if not job.done():
-                os.kill(int(job.job_id), signal.SIGTERM)  # submitit's process forwards it
+    def send(*_):
+        for process in processes:
+            process.terminate()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        signal.signal(number, send)
     for tenth in itertools.count():
-        if all([job.done() for job in jobs]):
+        if all([process.poll() is not None for process in processes]):
             break
         if tenth % 600 == 0:
             print("sweep: stopping the runs; a second signal ends them at once", file=sys.stderr)
-            stop()
+            send()
         time.sleep(0.1)
 
 
 def run_on_slurm(runs, args):
-    """Submits the runs that are not queued as one array, and waits. Yields (run, job) at ends."""
+    """Submits the runs that are not queued as one array, and waits. Yields (run, logs)."""
     jobs, path = args.folder / "jobs", args.folder / "jobs" / "slurm.json"
     ids = json.loads(path.read_text()) if path.exists() else {}
     known = {run: submitit.SlurmJob(jobs, ids[run.name]) for run in runs if run.name in ids}
@@ -207,40 +207,33 @@ def run_on_slurm(runs, args):
     while running:
         for run, job in list(running.items()):
             if run.is_finished() or job.done():
-                yield run, running.pop(run)
+                del running[run]
+                yield run, [job.paths.stderr, job.paths.stdout]
         time.sleep(2)  # submitit asks the cluster less often
 
 
-def reason(job):
-    """Why a job ended without results: the last line of its output."""
-    for path in (job.paths.stderr, job.paths.stdout):
-        text = path.read_text(errors="replace").strip() if path.exists() else ""
+def reason(logs):
+    """Why a run ended without results: the last line of its output."""
+    for log in logs:
+        text = log.read_text(errors="replace").strip() if log.exists() else ""
         if text:
-            return f"{text.splitlines()[-1]} ({path})"
-    return f"it wrote nothing ({job.paths.stderr})"
+            return f"{text.splitlines()[-1]} ({log})"
+    return f"it wrote nothing ({logs[0]})"
 
 
-def write_table(folder):
-    """Prints mean ± standard deviation over the finished seeds, and writes them to table.csv."""
-    groups = collections.defaultdict(list)  # (algorithm, task): results of the runs
+def compare_runs(folder):
+    """Compares the finished runs of each task in table.csv and in a picture, <task>.png."""
+    tasks = collections.defaultdict(list)
     for path in sorted(folder.glob("*/*/*/results.json")):
-        algorithm, task, seed = path.parts[-4:-1]
-        if seed.isdigit():
-            groups[algorithm, task].append(json.loads(path.read_text()))
-    line = "{:15} {:31} {:>5}" + "{:>18}" * len(SCORES)
-    print(line.format("algorithm", "task", "seeds", *SCORES))
+        if path.parent.name.isdigit():  # no earlier run that was set aside
+            tasks[path.parts[-3]].append(path.parent)
     with open(folder / "table.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        columns = [f"{key}_{of}" for key in SCORES for of in ("mean", "std")]
-        writer.writerow(["algorithm", "task", "seeds", *columns])
-        for (algorithm, task), results in groups.items():
-            scores = np.array([sum((x[key] for x in results), []) for key in SCORES], float)
-            count = scores.shape[1]
-            deviations = scores.std(axis=1, ddof=min(1, count - 1))  # 0 for one seed
-            pairs = np.stack([scores.mean(axis=1), deviations], axis=1)
-            writer.writerow([algorithm, task, count, *pairs.ravel().tolist()])
-            shown = [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in pairs]
-            print(line.format(algorithm, task, count, *shown))
+        writer.writerow(["task", *COLUMNS])
+        for task, folders in tasks.items():
+            print(f"\n{task}")
+            rows = compare(folders, folder / f"{task}.png")
+            writer.writerows([task, *row] for row in rows)
 
 
 def sweep(args, runs):
@@ -251,16 +244,16 @@ def sweep(args, runs):
     failed, status = [], None
     try:
         with contextlib.closing(start(unfinished, args)) as ends:
-            for run, job in ends:
+            for run, logs in ends:
                 if run.is_finished():
                     print(f"{run.name} is finished", flush=True)
                 else:
                     failed.append(run)
-                    print(f"{run.name} failed: {reason(job)}", file=sys.stderr, flush=True)
+                    print(f"{run.name} failed: {reason(logs)}", file=sys.stderr, flush=True)
     except KeyboardInterrupt as stop:
         print("sweep: stopped: the same command resumes", file=sys.stderr)
         status = 143 if stop.args else 130
-    write_table(args.folder)
+    compare_runs(args.folder)
     if failed and not status:
         status = f"sweep: {len(failed)} of {len(runs)} runs failed: the same command retries them"
     return status

@@ -51,27 +51,6 @@ class Goal(Walk):
         return {"position": flat[:2], "clock": flat[2:]}
 
 
-class One(Walk):
-    """Walk with a single action."""
-
-    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
-
-
-class Wide(Walk):
-    """Walk with larger actions."""
-
-    action_space = gymnasium.spaces.Box(-2, 2, (ACTION,), np.float32)
-
-
-class Buttons(Walk):
-    """Walk with discrete actions, which do nothing."""
-
-    action_space = gymnasium.spaces.Discrete(3)
-
-    def step(self, action):
-        return Walk.step(self, 0)
-
-
 class Pair(Walk):
     """Walk with observations that cannot be flattened."""
 
@@ -81,7 +60,7 @@ class Pair(Walk):
         return (Walk._observation(self),) * 2
 
 
-for name in ("Walk", "Goal", "One", "Wide", "Buttons", "Pair"):
+for name in ("Walk", "Goal", "Pair"):
     gymnasium.register(f"ssar-test/{name}-v0", f"{__name__}:{name}", max_episode_steps=7)
 
 

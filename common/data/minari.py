@@ -1,88 +1,75 @@
 """Minari data sets as D4RL's columns."""
 
-import hashlib
 import json
-import sys
 from pathlib import Path
 
-import h5py
 import minari
 import numpy as np
-from gymnasium.envs.registration import EnvSpec, WrapperSpec
+from gymnasium.envs.registration import WrapperSpec
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from common.data.cache import cached
-from common.data.hdf5 import Recording, check_contained, own_spec, read_columns, read_reference
-from common.envs.make import check_spaces, env_spec, flatten, reason_of
+from common.data.d4rl import reference_of
+from common.data.hdf5 import open_hdf5, own_spec, read_columns, unreadable
+from common.envs.make import brief, check_spaces, env_spec, flatten
 from common.run.errors import InputError
 
-# Wrappers of a recording that evaluation leaves out: they change the reward, or they normalise by
-# statistics that the data set does not hold.
-LEFT_OUT = ("NormalizeReward", "NormalizeObservation", "TransformReward", "ClipReward")
 
+def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
+    """Environment, reference scores and columns of a data set, downloaded if it is missing.
 
-def read_minari(dataset_id: str, env: str | None, keys, rows: str, cache_dir: str) -> Recording:
-    """Reads a Minari data set, downloaded if it is missing; `keys` as in flatten."""
+    env, keys: the user's choice. Raises InputError if it cannot be used.
+    """
     local_id = dataset_id.partition("://")[2].partition("/")[2] or dataset_id
     path = get_dataset_path(local_id)
     try:
         if not path.is_dir():
+            print(f"downloading {dataset_id} into {path}, once", flush=True)
             minari.download_dataset(dataset_id)
     except Exception as error:  # Minari and its remotes raise many kinds
         raise InputError(
             f"no Minari data set '{dataset_id}', neither here nor at its remote "
-            f"({reason_of(error)}): see `minari list local` and `minari list remote`; D4RL's tasks "
+            f"({brief(error)}): see `minari list local` and `minari list remote`; D4RL's tasks "
             "have names like hopper-medium-v2, and files are given as --config.dataset=d4rl:<file>"
         ) from None
     try:
+        metadata = json.loads((path / "data" / "metadata.json").read_text())
+        if not metadata.keys() >= {"observation_space", "action_space"}:
+            raise KeyError("no spaces")  # Minari would make the environment that the file names
+        named = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "null")
+        if env or not named:
+            spec = env_spec(env, dataset_id)
+        else:
+            wrappers = named.get("additional_wrappers") or ()
+            wrappers = [WrapperSpec(x["name"], x["entry_point"], x.get("kwargs")) for x in wrappers]
+            spec = own_spec(dataset_id, named["id"], named.get("kwargs"), wrappers)
+            spec.max_episode_steps = named.get("max_episode_steps", spec.max_episode_steps)
         stored = minari.load_dataset(local_id)
-        metadata = stored.storage.metadata
-        named = metadata.get("eval_env_spec") or metadata.get("env_spec")
-        spec = env_spec(env, dataset_id) if env or not named else _read_spec(named, dataset_id)
-        check_spaces(dataset_id, stored.observation_space, stored.action_space, keys)
-        reference = read_reference(metadata)
-        # Episodes read slowly: a flat copy is kept until the files change.
-        files = sorted(Path(stored.storage.data_path).rglob("*"))
-        versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        digest = hashlib.blake2b(f"{keys}{versions}".encode(), digest_size=8).hexdigest()
-        name = f"minari/{local_id.replace('/', '-')}-{digest}"
-        join = lambda: _join_episodes(dataset_id, stored, keys)
-        columns = cached(cache_dir, name, join, "reads these episodes")
-        return Recording(dataset_id, spec, reference, read_columns(dataset_id, columns, rows))
+        keys = check_spaces(dataset_id, stored.observation_space, stored.action_space, keys)
+        print(f"reading {stored.total_episodes:,} episodes of {dataset_id}", flush=True)
+        columns = read_columns(dataset_id, _join_episodes(dataset_id, stored, keys))
+        return spec, reference_of(metadata, spec.name), columns
     except InputError:
         raise
     except Exception as error:  # Minari raises many kinds for data in another form than its own
-        raise InputError(
-            f"Minari data set '{dataset_id}' in {path} is broken ({type(error).__name__}: "
-            f"{reason_of(error)}): fix it, or delete it to download or record it again"
-        ) from None
-
-
-def _read_spec(text: str, source: str) -> EnvSpec:
-    """The environment of a data set, without the wrappers that evaluation leaves out."""
-    named = json.loads(text)
-    wrappers = [
-        WrapperSpec(wrapper["name"], wrapper["entry_point"], wrapper.get("kwargs"))
-        for wrapper in named.get("additional_wrappers") or ()
-    ]
-    spec = own_spec(source, named["id"], named.get("kwargs"), wrappers)
-    spec.additional_wrappers = tuple(x for x in wrappers if x.name not in LEFT_OUT)
-    spec.max_episode_steps = named.get("max_episode_steps", spec.max_episode_steps)
-    if left_out := ", ".join(x.name for x in wrappers if x.name in LEFT_OUT):
-        message = f"{source} was recorded through {left_out}, which evaluation leaves out"
-        print(f"warning: {message}", file=sys.stderr)
-    return spec
+        raise unreadable(f"Minari data set '{dataset_id}' in {path}", error) from None
 
 
 def _join_episodes(source, stored, keys) -> dict[str, np.ndarray]:
     """D4RL's columns of a Minari data set, with true successors."""
     for path in Path(stored.storage.data_path).glob("*.hdf5"):
-        with h5py.File(path, "r") as file:
-            check_contained(source, file)
+        open_hdf5(path).close()
     columns = {}
     for episode in stored.iterate_episodes():
-        steps = len(episode.rewards)
-        observations = flatten(episode.observations, keys, (steps + 1,))
+        given, steps = episode.observations, len(episode.rewards)
+        observed = {len(given[key]) for key in keys} if keys else {len(given)}
+        others = {len(episode.actions), len(episode.terminations), len(episode.truncations)}
+        if observed != {steps + 1} or others != {steps} or not steps:
+            raise InputError(
+                f"{source}: episode {episode.id} has {min(observed)} observations and "
+                f"{len(episode.actions)} actions for {steps} rewards: it needs one observation "
+                "more than rewards; record the data set without such episodes"
+            )
+        observations = flatten(given, keys, (steps + 1,))
         parts = {
             "observations": observations[:-1],
             "next_observations": observations[1:],

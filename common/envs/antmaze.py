@@ -53,7 +53,7 @@ class AntMaze(MujocoEnv):
     reward is 1 within 0.5 m of the goal, where the episode ends, and 0 elsewhere.
     """
 
-    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, maze: str, **kwargs):
         self.cells = np.array([list(row.strip()) for row in MAZES[maze].split("\n")[1:]])
@@ -98,8 +98,6 @@ class AntMaze(MujocoEnv):
     def step(self, action):
         self.do_simulation(action, self.frame_skip)
         reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= GOAL_RADIUS)
-        if self.render_mode == "human":
-            self.render()
         return self._get_obs(), float(reached), reached, False, {"success": reached}
 
 

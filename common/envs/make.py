@@ -1,32 +1,34 @@
-"""Environments by name, checked against the data, and their observations as flat rows."""
+"""Environments by name, tried before anything is trained, and one episode at a time."""
 
 import contextlib
 import copy
 import importlib
-import math
 import warnings
+import weakref
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from common.run.errors import InputError
+from common.run.errors import Diverged, InputError
 
+ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
+TRIAL = 10_000  # steps in which an environment without a time limit has to end
 # Modules whose environments are found by their id alone.
 KNOWN_MODULES = (f"{__package__}.antmaze", "gymnasium_robotics", "common.data.demo")
 
 
-def reason_of(error: Exception) -> str:
-    """The error's message on one line, for use within a sentence."""
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+def brief(what) -> str:
+    """An error's message, or any other object, on one line, for use within a sentence."""
+    return " ".join(str(what).split()).rstrip(".")[:200] or type(what).__name__
 
 
 def env_spec(env: str | None, source: str) -> EnvSpec:
     """Gymnasium's specification of an id or <module>:<id>; `source` is for the InputError."""
     if not env:
         raise InputError(
-            f"{source} does not name its environment: give the Gymnasium id with --config.env=<id>"
+            f"{source} does not name its environment: give --config.env=<Gymnasium id>"
         )
     module, _, env_id = env.rpartition(":")
     try:
@@ -39,51 +41,33 @@ def env_spec(env: str | None, source: str) -> EnvSpec:
         return copy.deepcopy(gymnasium.spec(env_id))
     except Exception as error:  # an imported module can raise anything
         raise InputError(
-            f"unknown environment '{env}' ({reason_of(error)}): give --config.env=<Gymnasium id>, "
+            f"unknown environment '{env}' ({brief(error)}): give --config.env=<Gymnasium id>, "
             "or --config.env=<module>:<id> with the module that registers it; `pip install "
             "gymnasium-robotics` brings PointMaze, Adroit and others"
         ) from None
 
 
 def make_env(spec: EnvSpec) -> gymnasium.Env:
-    """The environment. Raises InputError if it cannot be made."""
-    try:
-        with warnings.catch_warnings():  # of v4, in which D4RL's data were recorded
-            warnings.filterwarnings("ignore", ".*(is out of date|is deprecated).*")
-            return gymnasium.make(spec)
-    except Exception as error:  # a constructor can raise anything
-        raise InputError(
-            f"cannot make environment {spec.id} with arguments {str(spec.kwargs)[:200]} "
-            f"({reason_of(error)}): install what it needs, fix the data's env_kwargs, or name "
-            "another with --config.env=<id>"
-        ) from None
+    """The environment as it is registered; a constructor can raise anything."""
+    with warnings.catch_warnings():  # of v4, in which D4RL's data were recorded
+        warnings.filterwarnings("ignore", ".*(is out of date|is deprecated).*")
+        return gymnasium.make(spec)
 
 
-def flatten(observation, keys=None, rows=()) -> np.ndarray:
-    """An observation as one row [O], or with rows=(T,) a batch of T as [T, O].
+def check_spaces(source: str, observations: gymnasium.Space, actions: gymnasium.Space, keys=()):
+    """`keys`, or else all in alphabetical order, of dictionary observations; None without.
 
-    Dictionaries are joined in the order of `keys`, by default of all keys in alphabetical order.
+    Raises InputError for an unknown key, and for spaces that the project does not take.
     """
-    if isinstance(observation, dict):
-        parts = [flatten(observation[key], None, rows) for key in keys or sorted(observation)]
-        return np.concatenate(parts, axis=-1)
-    return np.reshape(observation, (*rows, -1))
-
-
-def width(space: gymnasium.Space, keys=None) -> int:
-    """Length of a flattened observation or action."""
-    parts = [space[key] for key in keys or space] if isinstance(space, spaces.Dict) else [space]
-    return sum(math.prod(part.shape) for part in parts)
-
-
-def check_spaces(source: str, observations: gymnasium.Space, actions: gymnasium.Space, keys):
-    """Raises InputError for spaces that cannot be flattened, or without one of the keys."""
-    known = sorted(observations) if isinstance(observations, spaces.Dict) else []
+    known = tuple(sorted(observations)) if isinstance(observations, spaces.Dict) else ()
     parts = [observations[key] for key in known] or [observations]
-    if not isinstance(actions, spaces.Box) or any(part.shape is None for part in parts):
+    is_box = isinstance(actions, spaces.Box) and actions.dtype.kind == "f"
+    finite = is_box and np.isfinite(actions.high - actions.low) & (actions.low < actions.high)
+    if not np.all(finite) or not all(isinstance(part, ARRAYS) for part in parts):
         raise InputError(
-            f"{source} has observations of {observations} and actions of {actions}: observations "
-            "must be arrays or dictionaries of arrays, and actions continuous"
+            f"{source} has observations of {brief(observations)} and actions of {brief(actions)}: "
+            "observations must be arrays, numbers or a dictionary of them, and actions a Box of "
+            "fractions between finite bounds, because actors act in [-1, 1]"
         )
     for key in keys:
         if key not in known or keys.count(key) > 1:
@@ -91,62 +75,86 @@ def check_spaces(source: str, observations: gymnasium.Space, actions: gymnasium.
                 f"--config.observation_keys: '{key}' must be named once and be among the "
                 f"observations of {source}: {', '.join(known) or 'they have no keys'}"
             )
+    return keys or known or None
 
 
-def resolve_keys(keys, space: gymnasium.Space, episode: np.ndarray | None):
-    """Keys of a dictionary space in the order of the data's columns; None for other spaces.
+def flatten(observation, keys=None, rows=()) -> np.ndarray:
+    """An observation as one row [O], or with rows=(T,) a batch of T as [T, O].
 
-    keys: the user's choice; empty for all in alphabetical order or, if the data have another width,
-    two keys of a goal environment. episode: the data's first, [T, O], or None.
+    Dictionaries are joined in the order of `keys`; discrete parts stay plain numbers.
     """
-    if not isinstance(space, spaces.Dict):
-        return None
-    everything, goal_last = tuple(sorted(space)), ("observation", "desired_goal")
-    if keys or episode is None or width(space) == episode.shape[1]:
-        return tuple(keys) or everything
-    if set(goal_last) <= set(space) and width(space, goal_last) == episode.shape[1]:
-        last = episode[:, -width(space["desired_goal"]) :]
-        is_goal = (last == last[0]).all()  # a goal does not change within an episode
-        return goal_last if is_goal else ("achieved_goal", "observation")
-    return everything
+    parts = [observation[key] for key in keys] if keys else [observation]
+    return np.concatenate([np.reshape(part, (*rows, -1)) for part in parts], axis=-1)
 
 
-def check_env(spec: EnvSpec, source: str, keys, episode=None, action_width=None):
-    """Tries the environment and compares it with the data; see resolve_keys.
+class Slot:
+    """An environment with actions in [-1, 1], and the episode it is in."""
 
-    Returns the resolved keys, and the widths of observations and actions. Raises InputError.
+    def __init__(self, spec: EnvSpec, keys: tuple | None):
+        env, self.name = make_env(spec), spec.id
+        self.keys = check_spaces(spec.id, env.observation_space, env.action_space, keys or ())
+        self.env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        weakref.finalize(self, self.env.close)
+
+    def start(self, seed: int | None = None) -> None:
+        self.total, self.length, self.success = 0.0, 0, np.nan
+        self._observe(self.env.reset(seed=seed)[0])
+
+    def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
+        """Takes an action in [-1, 1]; returns the reward, and whether task or time has ended."""
+        if not np.isfinite(action).all():
+            raise Diverged(
+                f"diverged: the actor's action is not finite in step {self.length + 1} of an "
+                "episode: lower --config.actor_lr or --config.critic_lr"
+            )
+        action = action.reshape(self.env.action_space.shape)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        reward = np.asarray(reward, float).item()
+        self.total, self.length = self.total + reward, self.length + 1
+        self._observe(observation)
+        for name in ("success", "is_success"):
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # None, or no number
+                self.success = float(np.fmax(self.success, np.max(info[name])))
+        return reward, terminated, truncated
+
+    def _observe(self, observation):
+        self.obs = flatten(observation, self.keys)
+        if not (np.abs(self.obs) < 1e38).all():
+            raise InputError(
+                f"{self.name} gave an observation that is not finite in step {self.length}: fix "
+                "the environment, then give the same command to resume"
+            )
+
+
+def try_env(spec: EnvSpec, source: str, keys: tuple, found: tuple | None = None):
+    """Takes the first steps. Raises InputError if they fail, or if the data do not fit.
+
+    keys: the user's choice. found: the widths of the data's observations and actions, if any.
+    Returns the keys in use, the widths, and the bounds of its actions, float64 [2, A].
     """
-    env = make_env(spec)
-    check_spaces(spec.id, env.observation_space, env.action_space, keys)
-    keys = resolve_keys(keys, env.observation_space, episode)
-    widths = width(env.observation_space, keys), width(env.action_space)
-    found = widths if episode is None else (episode.shape[1], action_width)
-    if found != widths:
-        joined = f" ({', '.join(keys)}; see --config.observation_keys)" if keys else ""
-        raise InputError(
-            f"{source} has observations of {found[0]} and actions of {found[1]} dimensions, but "
-            f"{spec.id} of {widths[0]}{joined} and {widths[1]}: name the data's own environment "
-            "with --config.env=<id>"
-        )
-    low, high = env.action_space.low, env.action_space.high
-    if not (np.all(low == -1) and np.all(high == 1)):
-        raise InputError(
-            f"{spec.id} takes actions in [{low.min()}, {high.max()}] but actors act in [-1, 1]: "
-            "wrap the environment in gymnasium.wrappers.RescaleAction"
-        )
     try:
-        env.reset(seed=0)
-        for _ in range(10_000):
-            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            np.asarray(reward, float).item()
-            if terminated or truncated or spec.max_episode_steps:
-                break
-        else:
-            raise ValueError("no end after 10,000, although max_episode_steps sets no limit")
-        env.close()
+        slot, ended = Slot(spec, keys), False
+        actions = slot.env.env.action_space
+        bounds = np.array([actions.low.ravel(), actions.high.ravel()], np.float64)
+        slot.start(seed=0)
+        widths = slot.obs.size, bounds.shape[1]
+        while not ended and slot.length < (1 if spec.max_episode_steps else TRIAL):
+            ended = any(slot.step(slot.env.action_space.sample())[1:])
+    except InputError:
+        raise
     except Exception as error:  # an environment can raise anything
         raise InputError(
-            f"{spec.id} fails in its first steps ({reason_of(error)}): fix the environment, or "
-            "name another with --config.env=<id>"
+            f"{spec.id} with arguments {brief(spec.kwargs)} fails ({brief(error)}): fix it "
+            "or install what it needs, or name another environment with --config.env=<id>"
         ) from None
-    return keys, *widths
+    if found and found != widths:
+        known = ",".join(sorted(slot.env.observation_space) if slot.keys else ())
+        keys = f", or choose among its --config.observation_keys={known}" if known else ""
+        raise InputError(
+            f"{source} has observations of {found[0]} and actions of {found[1]} dimensions, but "
+            f"{spec.id} of {widths[0]} and {widths[1]}: name the data's own environment with "
+            f"--config.env=<id>{keys}"
+        )
+    if not ended and not spec.max_episode_steps:
+        raise InputError(f"{spec.id} has no time limit: give --config.max_episode_steps=<steps>")
+    return slot.keys, widths, bounds

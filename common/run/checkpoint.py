@@ -1,6 +1,6 @@
 """Checkpoints: one file each, a SHA-256 followed by msgpack, written whole or not at all."""
 
-import contextlib
+import errno
 import hashlib
 import os
 import sys
@@ -10,34 +10,18 @@ import jax
 import numpy as np
 from flax import serialization
 
-from common.run.errors import InputError, Unwritable
+from common.run.errors import InputError
+from common.run.workdir import write_file
 
 PHASES = ("iql", "offline", "online")  # of a run, in this order
 
 
-@contextlib.contextmanager
-def writing(path: str):
-    """Raises Unwritable when the system cannot write."""
-    try:
-        yield
-    except BrokenPipeError:  # concerns the screen, not a file
-        raise
-    except OSError as error:
-        raise Unwritable(error.filename or path, error) from None
-
-
 def write(path: str, content: dict) -> None:
-    """Replaces a file with nested dictionaries of arrays, numbers and text. Raises Unwritable."""
+    """Replaces a file with nested dictionaries of arrays, numbers and text. Raises OSError."""
     data = serialization.msgpack_serialize(content)
-    with writing(path):
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(hashlib.sha256(data).digest())
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-        if _read(path) != data:
-            raise OSError("it reads back differently")
+    write_file(path, hashlib.sha256(data).digest() + data)
+    if _read(path) != data:
+        raise OSError(errno.EIO, "it reads back differently", path)
 
 
 def _read(path):
@@ -120,13 +104,24 @@ def load_offline(config, dataset, like):
     like: a tree of the state's shapes. Raises InputError.
     """
     flag = f"--config.offline_checkpoint={config.offline_checkpoint}"
-    name = "offline_checkpoint"  # of a run that continued online
-    workdir = os.path.expanduser(config.offline_checkpoint)
-    if not os.path.exists(os.path.join(workdir, f"{name}.msgpack")):
-        name = "checkpoint"
-    saved = load_checkpoint(workdir, name)
+    saved = load_checkpoint(config.offline_checkpoint, _offline_name(config))
     if saved["fingerprint"] != dataset.fingerprint:
         raise InputError(f"{flag} was trained on other data than {dataset.source}: name its own")
     if np.any(saved["state"].get("online_step", 0)):
         raise InputError(f"{flag} was already trained online: name an offline run")
     return from_dict(like, saved["state"], flag), saved["trusted"]
+
+
+def origin(config, dataset) -> str:
+    """What a run begins from: the data's fingerprint and the digest of an offline checkpoint."""
+    path, digest = Path(config.offline_checkpoint or "", f"{_offline_name(config)}.msgpack"), b""
+    if config.offline_checkpoint and path.is_file():
+        digest = path.read_bytes()[:32]
+    return dataset.fingerprint + digest.hex()
+
+
+def _offline_name(config):
+    """The checkpoint from the end of offline training; a run that continued online has two."""
+    name = "offline_checkpoint"
+    is_there = os.path.exists(os.path.join(config.offline_checkpoint or "", f"{name}.msgpack"))
+    return name if is_there else "checkpoint"

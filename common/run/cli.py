@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import errno
 import os
+import re
 import runpy
 import sys
 import threading
@@ -15,15 +16,42 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from common.run.errors import NO_ROOM, Diverged, InputError, Stopped, Unwritable
+from common.run.errors import Diverged, InputError, Stopped
 from common.run.folder import close_run, explain
-from common.run.settings import scale_settings
+from common.run.settings import default_folder, scale_settings
 from common.run.stopping import catch_signals
-from common.run.workdir import load_settings
+from common.run.workdir import absolute, load_settings
 
 ROOT = Path(__file__).parents[2]
-TRUTH = {"true": True, "false": False}
-READ = {int: int, float: float, bool: lambda text: TRUTH[text.lower()], tuple: ast.literal_eval}
+# The system refuses to write: another folder or more space is needed.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
+
+
+class Output:
+    """A stream that never decides about the run: what its reader does not take is dropped."""
+
+    def __init__(self, stream):
+        self._stream = stream or open(os.devnull, "w")
+        if hasattr(self._stream, "reconfigure"):  # a notebook's stream takes any text
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with self._dropping():
+            self._stream.write(text)
+
+    def flush(self):
+        with self._dropping():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self):
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def run(main, name: str) -> None:
@@ -32,28 +60,29 @@ def run(main, name: str) -> None:
     A user's mistake ends the process with one sentence and status 1, Ctrl-C with status 130 and
     SIGTERM with 143.
     """
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     catch_signals()
-    threading.excepthook = _report_thread
+    threading.excepthook, workdir = _report_thread, None
     try:
         options, settings = _parse(name)
-        config, workdir = load_config(name, options.config, settings), options.workdir
+        config = load_config(name, options.config, settings)
+        workdir = default_folder(name, config, settings)
+        workdir = absolute(workdir if options.workdir is None else options.workdir)
         warnings.filterwarnings("ignore", ".*persistent compilation cache")  # compiles again
         if not jax.config.jax_compilation_cache_dir:
-            folder = os.path.join(os.path.expanduser(config.cache_dir), "compiled")
+            folder = os.path.join(absolute(config.cache_dir), "compiled")
             jax.config.update("jax_compilation_cache_dir", folder)
         if options.distributed:
             join_hosts(options.distributed, config)
-            workdir = workdir and os.path.join(workdir, str(config.seed))
+            workdir = os.path.join(workdir, str(config.seed))
         main(config, workdir, options.resume)
-        sys.stdout.flush()
     except Stopped as stopped:
         where = close_run()
         how = f"resumes from {where}" if where else "starts again, because nothing was saved"
-        with contextlib.suppress(OSError):  # whoever reads may be gone
-            print(f"{name}: stopped by {stopped}: the same command {how}", flush=True)
-        os._exit(stopped.status)  # at once: other hosts or a closed pipe would hold it up
+        print(f"{name}: stopped by {stopped}: the same command {how}", flush=True)
+        os._exit(stopped.status)  # at once: other hosts would hold it up
     except Exception as error:
-        _fail(explain(error) if isinstance(error, Diverged) else error, name)
+        _fail(explain(error) if isinstance(error, Diverged) else error, name, workdir)
     finally:
         close_run()
 
@@ -63,21 +92,21 @@ def _report_thread(failure):
         threading.__excepthook__(failure)
 
 
-def _fail(error, name):
+def _fail(error, name, workdir):
     """Ends the process with one sentence; raises errors that are not the user's."""
     close_run()  # and with it the progress bar
-    if isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EPIPE, errno.EACCES):
-        error = Unwritable(error.filename or "the output", error)
+    reason = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        reason = " ".join(str(error).split())[:200]
         error = InputError(f"out of memory ({reason}): lower --config.num_seeds or batch_size")
+    is_full = isinstance(error, OSError) and error.errno in NO_ROOM
+    if is_full:
+        where = error.filename or workdir
+        fix = "free space or fix its permissions; then give the same command to resume"
+        error = InputError(f"{where} cannot be written ({error.strerror}): {fix}")
     if not isinstance(error, InputError):
         raise error
-    for stream in (sys.stderr, sys.stdout):
-        with contextlib.suppress(OSError):  # the other one may be on the full disk
-            print(f"{name}: {error}", file=stream, flush=True)
-            break
-    if isinstance(error, Unwritable):
+    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    if is_full:
         os._exit(1)  # without trying to flush open files again
     sys.exit(1)
 
@@ -88,18 +117,22 @@ def _refuse(message):
 
 def _parse(name):
     """The flags, and the settings among the arguments."""
-    module = _load_file(f"{ROOT}/configs/{name}.py")
-    fields = "\n".join(f"  --config.{x}={y}" for x, y in module["get_config"]().items())
+    module, _ = _load(f"{ROOT}/configs/{name}.py")
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(name, formatter_class=layout, allow_abbrev=False)
     parser.description = sys.modules["__main__"].__doc__
-    tasks = ", ".join(module.get("TASKS", ()))
-    parser.epilog = f"tasks: {tasks}\nfields, as the task demo sets them:\n{fields}"
+    # The settings file explains every field.
+    source = Path(module["get_config"].__code__.co_filename).read_text()
+    fields = source.partition("ConfigDict()\n")[2].partition("    return c\n")[0]
+    fields = re.sub(r"c\.(\w+) = (config_dict\.placeholder\(\w+\))?", r"--config.\1=", fields)
+    parser.epilog = (
+        f"tasks: {', '.join(module.get('TASKS', ()))}\nfields, for task custom:\n{fields}"
+    )
     parser.error = _refuse
     add = parser.add_argument
     add("--config", metavar="FILE:TASK", help=f"settings, such as configs/{name}.py:<task>")
-    add("--workdir", help=f"run folder, by default runs/{name}/<task>/<seed>")
-    add("--noresume", dest="resume", action="store_false", help="set an unfinished run aside")
+    add("--workdir", help=f"run folder, by default runs/{name}/<task and settings>/<seed>")
+    add("--noresume", dest="resume", action="store_false", help="set an earlier run aside")
     add("--distributed", help="auto, or <host>:<port>,<processes>,<i>: share the seeds")
     return parser.parse_known_args()
 
@@ -107,16 +140,21 @@ def _parse(name):
 def load_config(name: str, file: str | None, settings: list[str]):
     """The ConfigDict of <file>[:<task>] with --config.<field>=<value> settings applied.
 
-    Without a file: the script's own, or the settings of the run in offline_checkpoint. If the
-    settings shorten offline_steps, the others are scaled. Raises InputError.
+    Fields that a file leaves out are those of the script's task custom. Without a file: the demo,
+    or the settings of the run in offline_checkpoint. If the settings shorten offline_steps, the
+    others are scaled. Raises InputError.
     """
-    config, given = _get_config(f"{ROOT}/configs/{name}.py"), {}
-    if file:
-        known, config = config, _get_config(*file.rsplit(":", 1))
-        if missing := sorted(set(known) - set(config)):
-            fields = ", ".join(missing)
-            raise InputError(f"--config={file} lacks {fields}: add them, or give one for {name}")
-        _check_types(config, known)
+    own, given = f"{ROOT}/configs/{name}.py", {}
+    _, config = _load(own, "custom") if file is not None else _load(own)
+    if file is not None:
+        for field, value in _load(*file.rsplit(":", 1))[1].to_dict().items():
+            if field not in config:
+                raise InputError(f"--config={file} has a field '{field}' that {name} does not have")
+            try:
+                config[field] = value
+            except TypeError:
+                kind = config.get_type(field).__name__
+                raise InputError(f"--config={file}: {field}={value} must be a {kind}") from None
     for setting in settings:
         field, _, text = setting.removeprefix("--config.").partition("=")
         if not setting.startswith("--config.") or "=" not in setting:
@@ -149,30 +187,27 @@ def _read(config, field, text):
         raise InputError(f"--config.{field}={text} must be of type {kind.__name__}") from None
 
 
-def _check_types(config, known):
-    """Raises InputError for a field of another type than the script's own settings have."""
-    for field in known:
-        kind, found = known.get_type(field), config.get_type(field)
-        if found is not kind and (kind, found) != (float, int):
-            raise InputError(f"--config.{field}={config[field]!r} must be of type {kind.__name__}")
+def _read_int(text):
+    """10000, 10_000 or 1e4."""
+    if not float(text).is_integer():
+        raise ValueError
+    return int(float(text))
 
 
-def _get_config(path, *task):
+TRUTH = {"true": True, "false": False}
+READ = {bool: lambda text: TRUTH[text.lower()], tuple: ast.literal_eval}
+READ |= {int: _read_int, float: float}
+
+
+def _load(path, *task):
+    """A settings file as a dictionary of its names, and the ConfigDict that it gives."""
     try:
-        return ml_collections.ConfigDict(_load_file(path)["get_config"](*task))
-    except InputError:
-        raise
-    except Exception as error:
+        module = runpy.run_path(path)
+        return module, ml_collections.ConfigDict(module["get_config"](*task))
+    except Exception as error:  # a settings file can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"--config={':'.join([path, *task])} fails: {reason}") from None
-
-
-def _load_file(path):
-    try:
-        return runpy.run_path(path)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"the settings file {path} cannot be loaded: {reason}") from None
+        what = ":".join([path, *task])
+        raise InputError(f"the settings {what} cannot be loaded: {reason}") from None
 
 
 def join_hosts(hosts: str, config) -> None:
@@ -180,24 +215,20 @@ def join_hosts(hosts: str, config) -> None:
 
     hosts: "auto" where JAX finds the others itself, or "<address of the first>,<processes>,<i>".
     """
-    flag, auto = f"--distributed={hosts}", hosts == "auto"
-    address, count, i = [*hosts.split(","), "", ""][:3]
-    if not auto and not (count.isdigit() and i.isdigit() and int(i) < int(count)):
-        raise InputError(f"{flag} cannot be read: give auto, or <host>:<port>,<processes>,<i>")
+    flag = f"--distributed={hosts}"
     if config.offline_checkpoint:
         raise InputError(f"{flag} is for new runs: resume from each process's folder by itself")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
-    if auto or config.num_seeds % int(count) == 0:
-        place = {} if auto else {"num_processes": int(count), "process_id": int(i)}
-        try:  # the first to end waits for the last, and episodes differ in length
-            jax.distributed.initialize(
-                None if auto else address, shutdown_timeout_seconds=86_400, **place
-            )
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{flag} finds no cluster ({reason})") from None
-        count = jax.process_count()
-    if config.num_seeds % int(count):
+    try:
+        address, count, i = (None,) * 3 if hosts == "auto" else hosts.split(",")
+        place = () if hosts == "auto" else (address, int(count), int(i))
+        # The first to end waits for the last, and episodes differ in length.
+        jax.distributed.initialize(*place, shutdown_timeout_seconds=86_400)
+    except (RuntimeError, ValueError) as error:
+        reason, fix = " ".join(str(error).split()), "give auto, or <host>:<port>,<processes>,<i>"
+        raise InputError(f"{flag} cannot be used ({reason}): {fix}") from None
+    count = jax.process_count()
+    if config.num_seeds % count:
         raise InputError(f"{flag}: {count} processes cannot share {config.num_seeds} seeds evenly")
-    config.num_seeds //= int(count)
+    config.num_seeds //= count
     config.seed += jax.process_index() * config.num_seeds

@@ -4,23 +4,26 @@ import numpy as np
 
 from common.run.errors import InputError
 
-WINDOW = 3  # evaluations whose mean is compared, because a single one is noisy
-LATELY = 12  # evaluations in which n still grew; with the paper's settings it grows in every tenth
+WINDOW = 4  # evaluations that are looked at together, because a single one is noisy
+KEPT = 0.3  # a loss keeps less than this share of what had been reached
 NEAR_ZERO = 0.1  # share of coefficient_init, of the data, or of the returns from floor to top
 
 
 def check_trusted(trusted, dataset, config) -> None:
     """Raises InputError when a seed trusts no transition: trusted, bool [S, N]."""
-    if trusted.size and not trusted.any(axis=1).all():
-        lengths = np.diff(np.flatnonzero(dataset.episode_ends), prepend=-1)
-        best = (config.reward_scale * dataset.returns + config.reward_bias * lengths).max()
-        fix = {
-            "return": f"give a --config.return_threshold below the best return, {best:.1f}",
-            "success": f"no episode ends in a reward other than {config.reward_bias}",
-            "iql": "lower --config.expectile or raise --config.iql_steps",
-        }[config.selection]
-        what = f"selection={config.selection} trusts nothing in {dataset.source}"
-        raise InputError(f"{what}: {fix}, or choose another --config.selection")
+    if not trusted.size or config.coefficient == "fixed":
+        return
+    what = f"selection={config.selection} trusts nothing in {dataset.source}"
+    lengths = np.diff(np.flatnonzero(dataset.episode_ends), prepend=-1)
+    best = (config.reward_scale * dataset.returns + config.reward_bias * lengths).max()
+    fix = {
+        "return": f"give a --config.return_threshold below the best return, {best:.1f}",
+        "success": "success is a reward of 1, and every other reward 0",
+        "iql": "lower --config.expectile or raise --config.iql_steps",
+    }
+    has_success = config.selection != "success" or (dataset.rewards == 1).any()
+    if not has_success or not trusted.any(axis=1).all():
+        raise InputError(f"{what}: {fix[config.selection]}, or choose another --config.selection")
 
 
 def broken_parts(content, name="") -> list[str]:
@@ -41,106 +44,82 @@ def likely_cause(config, dataset) -> str:
 
 
 def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
-    """What the data and the evaluations warn of, each for the first seed that shows it.
+    """What the data and the evaluations warn of, the latter for each seed.
 
-    trusted_fraction: of the data, [S]; by default the mean share of the batches.
+    trusted_fraction: of the data, [S]; by default the share of the latest batches.
     """
     if trusted_fraction is None:
-        rows = [records.of(seed, "offline") for seed in records.seeds]
-        shares = [[row.get("trusted_fraction", np.nan) for row in of_seed] for of_seed in rows]
-        trusted_fraction = [np.mean(x or np.nan) for x in shares]
+        rows = [records.of(seed, "offline") or [{}] for seed in records.seeds]
+        trusted_fraction = [of_seed[-1].get("trusted_fraction", np.nan) for of_seed in rows]
     found, adaptive = [], config.coefficient == "adaptive"
     thinnest, selects = min(trusted_fraction), adaptive and config.selection != "none"
     if thinnest < 0.01:
-        found.append(
-            f"thin sub-dataset: only {thinnest:.2%} of the data is trusted, so the coefficient "
-            "sees few states; lower return_threshold or select by iql"
-        )
+        what = f"thin sub-dataset: only {thinnest:.2%} of the data is trusted"
+        found.append(f"{what}; lower return_threshold or select by iql")
     if thinnest == 1 and selects and config.offline_steps:
         found.append(f"selection={config.selection} trusts every transition: it selects nothing")
     if dataset.scattered > 0.5:
-        found.append(
-            f"scattered rows: {dataset.scattered:.0%} of the rows are not followed by their "
-            "successor, so returns are of pieces of episodes; keep the recorded order"
-        )
+        what = f"scattered rows: {dataset.scattered:.0%} of the rows do not precede their successor"
+        found.append(f"{what}, so episodes are in pieces; keep the recorded order")
     if adaptive and not (config.offline_steps or config.offline_checkpoint):
         found.append("untrained coefficient: it learns offline only; give coefficient=fixed")
     returns = [0.0, *dataset.returns, *(row["return_mean"] for row in records.evaluations)]
+    returns = [x for x in returns if np.isfinite(x)]
     floor, top = dataset.reference or (min(returns), max(returns))
-    for check in (collapse_while_n_grows, thin_and_near_zero, drop_at_the_switch):
-        for seed, fraction in zip(records.seeds, trusted_fraction, strict=True):
-            offline, online = records.of(seed, "offline"), records.of(seed, "online")
-            if text := check(offline, online, floor, top, config, fraction):
-                found.append(text.replace("SEED", f"seed {seed}"))
-                break
+    own = np.mean(dataset.returns) if len(dataset.returns) else floor
+    for seed, fraction in zip(records.seeds, trusted_fraction, strict=True):
+        rows = records.of(seed, "offline", "online")
+        for sign, text in signatures(rows, fraction, floor, top, own, config):
+            found.append(f"{sign} (seed {seed}): {text}")
     return found
 
 
-def windows(rows) -> np.ndarray:
-    """Mean return of the last WINDOW evaluations, or of as many as there were: [T]."""
-    means = [row["return_mean"] for row in rows]
-    return np.array([np.mean(means[max(t - WINDOW, 0) : t]) for t in range(1, len(means) + 1)])
+def signatures(rows, trusted_fraction, floor, top, own, config):
+    """Yields each failure that one seed's evaluations show, and what to do.
 
-
-def spread(rows) -> float:
-    """Standard deviation of one evaluation: among its episodes, or from one to the next.
-
-    Second differences of independent numbers vary six times as much, and contain no trend.
+    floor, top: the returns between which progress is measured. own: the data's mean return.
     """
-    between = np.diff([row["return_mean"] for row in rows], 2) ** 2 / 6
-    among = np.mean([row["return_std"] ** 2 / row["episodes"] for row in rows])
-    return float(np.sqrt(max(among, between.mean() if len(between) else 0.0)))
+    broken = [row for row in rows if not np.isfinite(row["return_mean"])]
+    if broken:
+        what = f"the return is {broken[0]['return_mean']} at {place(broken[0])}"
+        yield "not a number", f"{what}; check the rewards of the environment"
+    rows = [row for row in rows if np.isfinite(row["return_mean"])]
+    returns, near_zero = [row["return_mean"] for row in rows], floor + NEAR_ZERO * (top - floor)
+    levels = [np.median(returns[max(t - WINDOW, 0) : t]) for t in range(1, len(rows) + 1)]
+    offline = [row["step"] for row in rows if row["phase"] == "offline"]
+    if len(offline) >= WINDOW and offline[-1] >= config.offline_steps / 2:
+        best, is_thin = max(levels[WINDOW - 1 : len(offline)]), trusted_fraction < NEAR_ZERO
+        if best < near_zero and (is_thin or best < own):
+            sign = "near-zero score" + " with a thin sub-dataset" * is_thin
+            fix = "lower return_threshold or expectile" if is_thin else "raise coefficient_init"
+            yield sign, f"the return is {best:.4g} at best, and {own:.4g} in the data; {fix}"
+    for now in range(WINDOW, len(rows)):
+        first = now - WINDOW + 1
+        peak, best = int(np.argmax(levels[:first])), max(returns[first : now + 1])
+        if levels[peak] > near_zero and best - floor < KEPT * (levels[peak] - floor):
+            sign, why = explain_loss(rows, peak, now, config)
+            what = f"the return fell from {levels[peak]:.4g} at {place(rows[peak])}"
+            yield sign, f"{what} to at most {best:.4g} from {place(rows[first])} on; {why}"
+            break
 
 
-def is_lost(before, after, chance, floor, top) -> bool:
-    """Whether half of the progress is lost, and more than chance explains."""
-    reached, drop = before - floor, before - after
-    return reached > NEAR_ZERO * (top - floor) and drop > max(0.5 * reached, chance)
+def place(row) -> str:
+    return f"{row['phase']} step {row['step']}"
 
 
-def collapse_while_n_grows(offline, online, floor, top, config, trusted_fraction):
-    """The return fell during offline training, and n had grown lately: it grows too fast."""
-    if config.coefficient != "adaptive" or len(offline) < 2 * WINDOW:
-        return None
-    mean, n = windows(offline), [row["n"] for row in offline]
-    counts = np.minimum(np.arange(len(mean)) + 1, WINDOW)
-    # Five standard errors of a difference, because the peak is the best of many.
-    chance = 5 * spread(offline) * np.sqrt(1 / counts + 1 / WINDOW)
-    for now in range(WINDOW, len(mean)):
-        peak = int(np.argmax((mean - chance)[: now - WINDOW + 1]))
-        before = n[now - LATELY] if now >= LATELY else config.n_start
-        if n[now] > before and is_lost(mean[peak], mean[now], chance[peak], floor, top):
-            return (
-                f"collapse while n grows (SEED): the return fell from {mean[peak]:.4g} at update "
-                f"{offline[peak]['step']} to {mean[now]:.4g} at update {offline[now]['step']} as "
-                f"n went from {before:.3g} to {n[now]:.3g}; raise update_period or lower n_end"
-            )
-    return None
-
-
-def thin_and_near_zero(offline, online, floor, top, config, trusted_fraction):
-    """Half of offline training is over and the return is near zero, while D̂ is thin."""
-    is_early = len(offline) < WINDOW or offline[-1]["step"] < config.offline_steps / 2
-    if is_early or not trusted_fraction < NEAR_ZERO:
-        return None
-    best = windows(offline)[WINDOW - 1 :].max()
-    what = f"near-zero score with a thin sub-dataset (SEED): the best return is {best:.4g}"
-    is_near_zero = best - floor < NEAR_ZERO * (top - floor)
-    return f"{what}; lower return_threshold or expectile" if is_near_zero else None
-
-
-def drop_at_the_switch(offline, online, floor, top, config, trusted_fraction):
-    """The return fell in the first evaluations online while the regulariser was nearly off."""
-    learned = [row for row in online[1:] if "anneal" in row][:WINDOW]
-    if not (config.offline_steps or config.offline_checkpoint) or len(learned) < WINDOW:
-        return None
-    before, after = online[0]["return_mean"], windows(learned)[-1]
-    chance = 3 * max(spread(rows) for rows in (learned, offline) if rows) * (1 + 1 / WINDOW) ** 0.5
-    beta = np.mean([row["beta_mean"] * row["anneal"] for row in learned])
-    if beta < NEAR_ZERO * config.coefficient_init and is_lost(before, after, chance, floor, top):
-        return (
-            f"drop at the switch with β near zero (SEED): the return fell from {before:.4g} to "
-            f"{after:.4g} in {WINDOW} evaluations while β was {beta:.3g}; raise decay_steps, or "
-            "coefficient_init offline"
-        )
-    return None
+def explain_loss(rows, peak, now, config):
+    """Names a loss between two evaluations by what became of n and β, and says what to do."""
+    beta = [rows[i].get("beta_mean", np.nan) * rows[i].get("anneal", np.nan) for i in (peak, now)]
+    n, init = [rows[i]["n"] for i in (peak, now)], config.coefficient_init
+    cap = (1.5 if config.coefficient == "adaptive" else 1.0) * init
+    facts = f"n {n[0]:.3g} → {n[1]:.3g}, mean β {beta[0]:.3g} → {beta[1]:.3g} (at most {cap:.3g})"
+    learned = sum(row["phase"] == "online" and "anneal" in row for row in rows[: now + 1])
+    if learned and beta[1] < NEAR_ZERO * init:
+        sign = "drop at the switch with β near zero" if learned <= 2 * WINDOW else "collapse"
+        return sign, f"{facts}; raise decay_steps, or coefficient_init offline"
+    grows = n[1] > n[0] and not learned  # online n stands still
+    fixes = ["raise update_period or lower n_end"] if grows else []
+    if not grows or beta[1] > 0.9 * cap:
+        fixes.append("raise coefficient_init")
+    sign = "collapse while n grows" if grows else "collapse"
+    return sign, f"{facts}; {', and '.join(fixes)}"

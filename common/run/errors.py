@@ -1,10 +1,6 @@
 """The ways in which a run ends early."""
 
-import errno
 import signal
-
-# The system refuses to write: another folder or more space is needed.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class InputError(ValueError):
@@ -13,18 +9,6 @@ class InputError(ValueError):
 
 class Diverged(InputError):
     """A loss, an action or a parameter is not finite; earlier checkpoints are kept."""
-
-
-class Unwritable(InputError):
-    """A file cannot be written, for example on a full disk; earlier files are intact."""
-
-    def __init__(self, path: str, error: Exception):
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        super().__init__(
-            f"{path} cannot be written ({reason}): free space or fix its permissions; the same "
-            "command then resumes from the last checkpoint, if there is one"
-        )
-        self.path, self.reason = path, reason
 
 
 class Stopped(KeyboardInterrupt):

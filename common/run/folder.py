@@ -13,9 +13,15 @@ from tqdm import tqdm
 from common.run import checkpoint, diagnosis
 from common.run.errors import Diverged, InputError
 from common.run.records import Records, print_table
+from common.run.settings import needs_iql
 from common.run.stopping import is_told, stop_if_told
-from common.run.workdir import as_json, is_unfinished, lock_folder, set_aside, write_json
+from common.run.workdir import as_json, lock_folder, set_aside, write_json
 
+PURPOSE = {
+    "iql": "label the trusted rows with IQL (another --config.selection needs none)",
+    "offline": "train offline",
+    "online": "fine-tune online",
+}
 _open = []  # the run of this process that holds a lock, writers and a progress bar
 
 
@@ -42,12 +48,17 @@ def explain(error: Diverged) -> Diverged:
 class Run:
     """One run and its folder: six methods, the step of the current phase, and the folder's path.
 
-    Raises Unwritable, from every method, when the folder cannot be written.
+    Its methods raise OSError when the folder cannot be written.
     """
 
     def __init__(self, script, workdir, config, dataset, resume):
         """Begins the run in `workdir`, or resumes it. Raises InputError if it is in use."""
         close_run()
+        try:
+            os.makedirs(workdir, exist_ok=True)
+        except OSError as error:
+            reason = f"cannot be made ({error.strerror}): choose another folder"
+            raise InputError(f"--workdir={workdir} {reason}") from None
         self.workdir, self.step, self._phase = workdir, 0, None
         self._script, self._config, self._dataset = script, config, dataset
         self._unfinished = os.path.join(workdir, "unfinished")
@@ -55,31 +66,29 @@ class Run:
         self._calls, self._warned, self._saved = {}, set(), None  # calls: {phase: seconds of each}
         self._began = self._saved_at = time.perf_counter()
         self._bar, self._held = tqdm(disable=True), contextlib.ExitStack()
+        self._origin = checkpoint.origin(config, dataset)
         _open.append(self)
-        with checkpoint.writing(workdir):
-            os.makedirs(workdir, exist_ok=True)
-            self._held.enter_context(lock_folder(workdir))
-            newest = resume and is_unfinished(workdir) and checkpoint.load_newest(self._unfinished)
-            if newest and newest["data"] != dataset.fingerprint:
-                fix = "restore them, choose another folder, or set that run aside with --noresume"
-                raise InputError(f"the unfinished run in {workdir} had other data: {fix}")
-            if not newest:
-                if set_aside(workdir):  # the lock's folder too
-                    self._held.close()
-                    self._held.enter_context(lock_folder(workdir))
-                write_json(os.path.join(workdir, "config.json"), config.to_dict())
-            os.makedirs(self._unfinished, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(workdir, "diverged.txt"))
-            self._records = Records(workdir, config, dataset)
-            self._held.callback(self._records.close)
-            if newest:
-                self._records.evaluations = newest["evaluations"]
-                self._records.episodes = newest["episodes"]
-                self._records.write()
-                self._began -= newest["seconds"]
-                self._saved = f"{newest['phase']} step {newest['step']}"
-                print(f"resumes {workdir} after {self._saved}", flush=True)
+        self._held.enter_context(lock_folder(workdir))
+        newest = checkpoint.load_newest(self._unfinished) if resume else None
+        if newest and newest["origin"] != self._origin:
+            what = f"the unfinished run in {workdir} had other data or another offline run"
+            raise InputError(f"{what}: restore them, or set it aside with --noresume")
+        if not newest:
+            if set_aside(workdir):  # the lock's folder too
+                self._held.close()
+                self._held.enter_context(lock_folder(workdir))
+            write_json(os.path.join(workdir, "config.json"), config.to_dict())
+            print(f"begins {workdir}; compiling takes some seconds", flush=True)
+        os.makedirs(self._unfinished, exist_ok=True)
+        self._records = Records(workdir, config, dataset)
+        self._held.callback(self._records.close)
+        if newest:
+            self._records.evaluations = newest["evaluations"]
+            self._records.episodes = newest["episodes"]
+            self._records.write()
+            self._began -= newest["seconds"]
+            self._saved = f"{newest['phase']} step {newest['step']}"
+            print(f"resumes {workdir} after {self._saved}", flush=True)
 
     def resume(self, phase: str, tree, total: int):
         """Begins a phase; returns `tree` as this run last saved it in that phase, else as it is."""
@@ -92,8 +101,9 @@ class Run:
             self.step, self._sums = saved["step"], saved["sums"]
         unit, pause = "step" if phase == "online" else "update", 0.5 if sys.stderr.isatty() else 30
         bar = {"total": total, "initial": self.step, "disable": self.step >= total, "unit": unit}
+        bar |= {"desc": f"{phase} (compiling)", "mininterval": pause}
         self._bar.close()
-        self._bar = tqdm(desc=phase, unit_scale=True, dynamic_ncols=True, mininterval=pause, **bar)
+        self._bar = tqdm(unit_scale=True, dynamic_ncols=True, **bar)
         self._held.callback(self._bar.close)
         return tree
 
@@ -105,7 +115,21 @@ class Run:
             self.step += size
             yield self.step
             self._calls[self._phase].append(time.perf_counter() - began)
+            if len(self._calls[self._phase]) == 2:  # the first one compiles
+                self._announce(self._calls[self._phase][1] * (self._total - self.step) / size)
             self._bar.update(size)
+
+    def _announce(self, seconds):
+        """Says which part of the run has begun, and how long it takes."""
+        c, phase, total = self._config, self._phase, f"{self._total:,} {self._bar.unit}s"
+        is_offline = c.offline_steps and not c.offline_checkpoint
+        is_planned = {"iql": needs_iql(c), "offline": is_offline, "online": c.online_steps}
+        phases = [phase for phase in checkpoint.PHASES if is_planned[phase]]
+        text = f"{phases.index(phase) + 1} of {len(phases)}: {PURPOSE[phase]}, {total}"
+        if phase != "online":  # whose first steps make no updates
+            text += f", about {tqdm.format_interval(seconds)} here"
+        tqdm.write(text, file=sys.stderr)
+        self._bar.set_description(phase, refresh=False)
 
     def log(self, step: int, metrics: dict, finished=()) -> None:
         """Adds the metrics, [S] each, of a compiled call, and episodes. Raises Diverged."""
@@ -141,11 +165,7 @@ class Run:
         if self._saved:
             kept = f"the last finite checkpoint, {self._saved}, stays in {self._unfinished}"
         names = ", ".join(broken[:4])
-        message = f"diverged: {names} not finite in {where} ({self._phase}): {cause}; {kept}"
-        with contextlib.suppress(OSError):
-            with open(os.path.join(self.workdir, "diverged.txt"), "w") as file:
-                print(message, file=file)
-        raise Diverged(message)
+        raise Diverged(f"diverged: {names} not finite in {where} ({self._phase}): {cause}; {kept}")
 
     def save(self, step: int, tree) -> None:
         """Writes a checkpoint if one is due; raises Stopped afterwards if told to stop.
@@ -158,15 +178,14 @@ class Run:
         if not (ends or is_told() or 0 < seconds <= now - self._saved_at):
             return
         self._collect()
-        content = {"phase": self._phase, "step": step, "data": self._dataset.fingerprint}
+        content = {"phase": self._phase, "step": step, "origin": self._origin}
         content |= {"tree": checkpoint.to_dict(tree), "sums": self._sums}
         self._check(diagnosis.broken_parts(content["tree"]), step)
         content |= {key: getattr(self._records, key) for key in ("evaluations", "episodes")}
         path = os.path.join(self._unfinished, f"{self._phase}-{step}.msgpack")
         checkpoint.write(path, content | {"seconds": now - self._began})
-        with checkpoint.writing(path):
-            for old in checkpoint.list_unfinished(self._unfinished, self._phase)[2:]:
-                os.remove(old)
+        for old in checkpoint.list_unfinished(self._unfinished, self._phase)[2:]:
+            os.remove(old)
         self._saved, self._saved_at = f"{self._phase} step {step}", time.perf_counter()
         stop_if_told()
 
@@ -177,7 +196,7 @@ class Run:
             return
         self._collect()
         sums, self._sums = self._sums, {}
-        self._bar.set_description(f"{self._phase}, evaluating", refresh=sys.stderr.isatty())
+        self._bar.set_description(f"{self._phase} (evaluating)", refresh=sys.stderr.isatty())
         episodes = play()
         self._bar.set_description(self._phase, refresh=False)
         returns, scores = episodes.returns, self._dataset.score(episodes.returns)
@@ -188,10 +207,11 @@ class Run:
         for i, seed in enumerate(self._records.seeds):
             row = {"phase": self._phase, "step": step, "seed": seed, "episodes": returns.shape[1]}
             rows.append(row | {name: float(x[i]) for name, x in columns.items()})
-        with checkpoint.writing(self.workdir):
-            self._records.write()
+        self._records.write()
         self._warn(diagnosis.warnings(self._config, self._dataset, self._records))
-        self._bar.set_postfix(score=columns["score"].mean(), n=columns["n"].mean(), refresh=False)
+        shown = {"score": "score", "β": "beta_mean", "n": "n"}
+        shown = {name: columns[x].mean() for name, x in shown.items() if x in columns}
+        self._bar.set_postfix(shown, refresh=False)
 
     def _warn(self, warnings):
         """Prints each kind of warning once."""
@@ -216,13 +236,11 @@ class Run:
         results |= self._records.results() | {"n_stopped_at": stops, "warnings": warnings}
         results = as_json(results | {"trusted_fraction": fractions})
         timing, path = self._timing(), lambda name: os.path.join(self.workdir, name)
-        with checkpoint.writing(self.workdir):
-            plot_run(path("learning_curve.png"), self._records, results, config)
-            write_json(path("timing.json"), timing)
-            write_json(path("results.json"), results)  # the run is finished from here on
+        plot_run(path("learning_curve.png"), self._records, results, config)
+        write_json(path("timing.json"), timing)
+        write_json(path("results.json"), results)  # the run is finished from here on
         with contextlib.suppress(OSError):
-            os.rename(self._unfinished, f"{self._unfinished}.old")  # all of it at once
-            shutil.rmtree(f"{self._unfinished}.old")
+            shutil.rmtree(self._unfinished)
             os.remove(path("lock"))
         close_run()
         print_table(results)
@@ -244,6 +262,6 @@ class Run:
             "updates_per_second": offline or online,
             "online_updates_per_second": online,
             "env_steps_per_second": online and online * config.num_seeds,
-            "compile_seconds": sum(x[0] - median[phase] for phase, x in calls.items()),
+            "compile_seconds": sum(max(x[0] - median[key], 0) for key, x in calls.items()),
             "wall_seconds": time.perf_counter() - self._began,
         }

@@ -14,10 +14,8 @@ def plot_run(path: str, records, results: dict, config) -> None:
 
     Thin lines are seeds, thick lines their mean; dots are episodes of online training.
     """
-    rows = [records.of(seed, "offline", "online") for seed in records.seeds]
-    switch = max([row["step"] for row in rows[0] if row["phase"] == "offline"], default=0) / 1000
-    x = [row["step"] / 1000 + switch * (row["phase"] == "online") for row in rows[0]]
-    column = lambda name: np.array([[row.get(name, np.nan) for row in of_seed] for of_seed in rows])
+    column, switch = records.column, records.column("step", "offline")[0].max(initial=0) / 1000
+    x = np.r_[column("step", "offline")[0] / 1000, column("step", "online")[0] / 1000 + switch]
     panels = [lambda axis: _score(axis, x, column, records.episodes, switch, results)]
     if np.nanmax(column("beta_max"), initial=0) > 0:
         panels.append(lambda axis: _coefficient(axis, x, column, config))

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from common.run.errors import InputError
+
 EVALUATION = "phase step seed score return_mean return_std episodes success_rate".split()
 EPISODE = "step seed score return length success".split()
 # Names that the authors' code logs under, so that curves line up.
@@ -31,70 +33,83 @@ class Records:
         self.evaluations, self.episodes, self.shown = [], [], [0, 0]
         folder = os.path.join(workdir, "tensorboard")
         shutil.rmtree(folder, ignore_errors=True)
+        self.wandb = start_wandb(workdir, config) if config.get("wandb") else None
         # Unlimited queues: when a disk is full, nothing empties them and a limit would block.
-        self.writers = [SummaryWriter(f"{folder}/seed_{s}", max_queue=0) for s in self.seeds]
+        self.writers = {s: SummaryWriter(f"{folder}/seed_{s}", max_queue=0) for s in self.seeds}
 
     def of(self, seed, *phases) -> list[dict]:
         """The evaluations of one seed in these phases."""
         return [e for e in self.evaluations if e["seed"] == seed and e["phase"] in phases]
+
+    def column(self, name, *phases) -> np.ndarray:
+        """One measure at every evaluation, by default offline and online: [S, T]."""
+        rows = [self.of(seed, *phases or ("offline", "online")) for seed in self.seeds]
+        return np.array([[row.get(name, np.nan) for row in of_seed] for of_seed in rows])
 
     def write(self) -> None:
         """Rewrites both tables and adds what is new to tensorboard. Raises OSError."""
         metrics = sorted({key for row in self.evaluations for key in row} - set(EVALUATION))
         self._write_csv("scores.csv", EVALUATION + metrics, self.evaluations)
         self._write_csv("episodes.csv", EPISODE, self.episodes)
-        for row in self.evaluations[self.shown[0] :]:
-            self._add(row, self._tags(row))
-        for row in self.episodes[self.shown[1] :]:
-            tags = {f"episode_{key}": row[key] for key in ("return", "length")}
-            if self.dataset.reference:
-                tags["online_normalized_episode_score"] = row["score"]
-            self._add(row, tags | {"is_success": row["success"]})
+        new = self.evaluations[self.shown[0] :] + self.episodes[self.shown[1] :]
         self.shown = [len(self.evaluations), len(self.episodes)]
-        for writer in self.writers:
+        for row in new:
+            for tag, value in self._tags(row).items():
+                if np.isfinite(value):
+                    self.writers[row["seed"]].add_scalar(tag, value, row["step"])
+        for writer in self.writers.values():
             writer.flush()
 
     def _write_csv(self, name, columns, rows):
         path = os.path.join(self.workdir, name)
+        # A success that is NaN was not reported; a score that is NaN is written as it is.
+        missing = lambda key, x: x != x and key.startswith("success")
         with open(f"{path}.tmp", "w", newline="") as file:
             table = csv.DictWriter(file, columns)
             table.writeheader()
-            table.writerows({key: "" if x != x else x for key, x in row.items()} for row in rows)
+            table.writerows({k: x for k, x in row.items() if not missing(k, x)} for row in rows)
         os.replace(f"{path}.tmp", path)
 
-    def _add(self, row, tags):
-        writer = self.writers[self.seeds.index(row["seed"])]
-        for tag, value in tags.items():
-            if np.isfinite(value):
-                writer.add_scalar(tag, value, row["step"])
-
     def _tags(self, row):
-        phase, online = row["phase"], row["phase"] == "online"
-        score = "normalized_eval_score" if self.dataset.reference else "eval_return"
-        success = "success_rate" if online else "offline_success_rate"
-        tags = {f"{phase}_{score}": row["score"], success: row["success_rate"]}
+        """An evaluation or an episode under the names that the authors' code logs."""
+        phase, kind = row.get("phase", "online"), "eval" if "phase" in row else "episode"
+        score = f"normalized_{kind}_score" if self.dataset.reference else f"{kind}_return"
+        tags, online = {f"{phase}_{score}": row["score"]}, phase == "online"
+        if kind == "episode":
+            tags |= {f"episode_{key}": row[key] for key in ("return", "length")}
+            return tags | {"is_success": row["success"]}
+        tags["success_rate" if online else "offline_success_rate"] = row["success_rate"]
         for key in set(row) - set(EVALUATION):
             prefix = "online_" if online else "offline_" if key == "q1" else ""
             scale = self.config.batch_size if key == "constrained_fraction" else 1
             tags[prefix + TAGS.get(key, key)] = row[key] * scale
-        return tags | (self._failures(row["seed"], row["step"]) if online else {})
-
-    def _failures(self, seed, step=np.inf):
-        """Failure rates of a seed online up to a step: of evaluations, and of training episodes."""
-        evaluated = [e["success_rate"] for e in self.of(seed, "online") if e["step"] <= step]
-        trained = [e["success"] for e in self.episodes if e["seed"] == seed and e["step"] <= step]
-        failed = lambda success: 1 - float(np.mean(success or np.nan))
-        return {"eval_regret": failed(evaluated), "train_regret": failed(trained)}
+        if online:
+            rows = [e for e in self.of(row["seed"], "online") if e["step"] <= row["step"]]
+            tags["eval_regret"] = 1 - np.mean([e["success_rate"] for e in rows])
+        return tags
 
     def results(self) -> dict:
-        """The measured part of results.json; lists have one entry a seed."""
-        data, seeds = self.dataset, [self._results(seed) for seed in self.seeds]
-        behaviour = float(np.mean(data.score(data.returns))) if len(data.returns) else np.nan
-        columns = {key: [seed[key] for seed in seeds] for key in seeds[0]}
+        """The measured part of results.json; scores and the like have one entry per seed."""
+        data, online = self.dataset, self.of(self.seeds[0], "online")
+        learned = sum(row["step"] > self.config.warmup_steps for row in online)
+        scores = self.column("score")[:, -learned:]  # all of them if nothing was learned online
+        behaviour = np.mean(data.score(data.returns)) if len(data.returns) else np.nan
+        columns = {
+            "behaviour": np.full(len(self.seeds), behaviour),
+            "last": scores[:, -1],
+            "mean_last_10": scores[:, -10:].mean(axis=1),
+            "best": scores.max(axis=1),
+            "success_rate": self.column("success_rate")[:, -1],
+            "n": self.column("n")[:, -1],
+            "beta_mean": (self.column("beta_mean") * self.column("anneal"))[:, -1],
+        }
+        if online:
+            columns["before_online"] = self.column("score", "online")[:, 0]
+        columns = {name: column.tolist() for name, column in columns.items()}
+        if self.wandb:
+            self.wandb.summary.update(columns)
         return columns | {
             "normalized": data.reference is not None,
-            "behaviour": [behaviour] * len(seeds),
-            "before_online": columns["before_online"] if self.config.online_steps else None,
             "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
             "versions": {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -109,34 +124,36 @@ class Records:
             },
         }
 
-    def _results(self, seed):
-        rows, online = self.of(seed, "offline", "online"), self.of(seed, "online")
-        learned = [row for row in online if row["step"] > self.config.warmup_steps] or rows
-        scores = [row["score"] for row in learned]
-        beta = [row["beta_mean"] * row["anneal"] for row in rows if "beta_mean" in row]
-        return {
-            "before_online": online[0]["score"] if online else None,
-            "last": scores[-1],
-            "mean_last_10": float(np.mean(scores[-10:])),
-            "best": max(scores),
-            "success_rate": rows[-1]["success_rate"],
-            "n": rows[-1]["n"],
-            "beta_mean": beta[-1] if beta else np.nan,
-            **self._failures(seed),
-        }
-
     def close(self) -> None:
-        """Ends the writers' threads."""
-        for writer in self.writers:
+        """Ends the writers' threads, and the run at Weights & Biases."""
+        for writer in self.writers.values():
             writer.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(workdir, config):
+    """Sends what tensorboard gets to Weights & Biases too; a resumed run sends all of it again."""
+    try:
+        import wandb
+
+        settings = {"config": config.to_dict(), "sync_tensorboard": True}
+        return wandb.init(project=config.wandb, dir=workdir, **settings)
+    except Exception as error:
+        what = f"--config.wandb={config.wandb} does not start ({error})"
+        raise InputError(f"{what}: pip install wandb tensorboard, and wandb login") from error
 
 
 def print_table(results: dict) -> None:
-    """The scores of every seed, and their mean."""
-    names = [name for name in SHOWN if results[name] and results[name][0] is not None]
+    """The scores of every seed, their mean, and which of them end below the data's own."""
+    names = [name for name in SHOWN if name in results]
     table = np.array([results[name] for name in names], float).T
     unit = "normalised score" if results["normalized"] else "return"
     print(f"{unit:>16}  " + "".join(f"{name:>14}" for name in names))
-    labels = [f"seed {seed}" for seed in results["seeds"]]
-    for label, row in zip([*labels, "mean"], [*table, table.mean(axis=0)], strict=True):
+    labels = [f"seed {seed}" for seed in results["seeds"]] + ["mean"]
+    for label, row in zip(labels, [*table, table.mean(axis=0)], strict=True):
         print(f"{label:>16}  " + "".join(f"{x:14.3f}" for x in row))
+    last, own = (table[:, names.index(name)] for name in ("last", "behaviour"))
+    for label, score, data in zip(labels, last, own, strict=False):  # the seeds, not their mean
+        if score < data:
+            print(f"{label}'s last score, {score:.3f}, is below the data's own, {data:.3f}")

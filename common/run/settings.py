@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from common.run.errors import InputError
-from common.run.workdir import check_folder, check_same, load_settings
+from common.run.workdir import absolute, check_folder, check_same, load_settings
 
 CHOICES = {
     "coefficient": ("adaptive", "fixed"),
@@ -19,37 +19,22 @@ CHOICES = {
     "matmul_precision": ("float32", "bfloat16"),
     "d4rl_rows": ("all", "qlearning"),
 }
-INT, FLOAT = 2**31 - 1, 1e30
-# Fields, and the smallest and the largest value that each may have.
-BOUNDS = (
-    ("num_seeds", 1, 4096),
-    ("batch_size", 1, 2**20),
-    ("eval_interval eval_episodes policy_freq new_policy_freq update_period", 1, INT),
-    (
-        "iql_steps num_sampled_actions block_size buffer_capacity updates_per_call full_length",
-        1,
-        INT,
-    ),
-    ("offline_steps online_steps warmup_steps", 0, INT),
-    ("seed", 0, INT - 4096),
-    ("decay_steps", -1, INT),
-    ("discount target_update_rate expectile actor_lr critic_lr coefficient_lr", 0, 1),
-    ("checkpoint_minutes policy_noise noise_clip expl_noise exploration_noise", 0, FLOAT),
-    ("coefficient_init bc_weight n_start n_end", 0, FLOAT),
-    ("cql_temperature", 1e-6, FLOAT),
-    ("reward_scale reward_bias target_action_gap return_threshold", -FLOAT, FLOAT),
-    ("clip_diff_min clip_diff_max", -math.inf, math.inf),
-)
+# Numbers must be finite, at least 1 if whole and at least 0 if not, with these exceptions.
+LOWEST = dict.fromkeys("seed offline_steps online_steps warmup_steps".split(), 0)
+LOWEST |= dict.fromkeys("reward_scale reward_bias target_action_gap".split(), -1e30)
+LOWEST |= {"return_threshold": -1e30, "decay_steps": -1, "cql_temperature": 1e-6}
+HIGHEST = dict.fromkeys("discount target_update_rate expectile".split(), 1)
+HIGHEST |= dict.fromkeys("actor_lr critic_lr coefficient_lr".split(), 1)
+HIGHEST |= {"num_seeds": 4096, "batch_size": 2**20, "seed": 2**31 - 4097}
+for field in ("clip_diff_min", "clip_diff_max"):
+    LOWEST[field], HIGHEST[field] = -math.inf, math.inf
 # A field, a test of it and of all settings c, and what is wrong where the test fails.
 RULES = (
     ("task", lambda x, c: re.fullmatch(r"\w[\w.-]*", x),
      "must be letters, digits, . _ and -, because it names a folder"),
-    ("hidden_dims", lambda x, c: are_sizes(x), "must be layer widths, such as (256,256)"),
-    ("coefficient_hidden_dims", lambda x, c: are_sizes(x), "must be layer widths"),
     ("hidden_dims", lambda x, c: "critic_layers" not in c or len(set(x)) == 1,
      "must be equal widths, because the critics have them too"),
-    ("critic_layers", lambda x, c: len(x) == 2 and are_sizes(x),
-     "must be the numbers of hidden layers of two critics, such as (3,3)"),
+    ("critic_layers", lambda x, c: len(x) == 2, "must have a number of layers for each critic"),
     ("clip_diff_min", lambda x, c: c.clip_diff_max is None or x < c.clip_diff_max,
      "must be below --config.clip_diff_max={c.clip_diff_max}"),
     ("n_start", lambda x, c: x <= c.n_end, "must be at most --config.n_end={c.n_end}"),
@@ -76,13 +61,23 @@ MULTIPLES = (
 # What a run from an offline checkpoint, and what a resumed run, may set anew.
 ONLINE_FIELDS = """online_steps warmup_steps buffer_init buffer_capacity anneal decay_steps
     new_policy_freq exploration_noise eval_interval eval_episodes offline_checkpoint dataset
-    dataset_path cache_dir checkpoint_minutes updates_per_call block_size""".split()
-MAY_CHANGE = ("cache_dir", "dataset_path", "checkpoint_minutes", "block_size")
+    dataset_path cache_dir checkpoint_minutes updates_per_call block_size wandb""".split()
+MAY_CHANGE = ("cache_dir", "dataset_path", "checkpoint_minutes", "block_size", "wandb")
+UNNAMED = ("seed", "offline_checkpoint", *MAY_CHANGE)  # in the names of folders
+PATHS = ("dataset_path", "offline_checkpoint", "cache_dir")
 
 
-def are_sizes(values) -> bool:
-    """Whether these are whole numbers of at least 1, and not none of them."""
-    return bool(values) and all(isinstance(x, int) and x > 0 for x in values)
+def default_folder(name: str, config, given=()) -> str:
+    """The run folder, named after the settings that are `given`, so that unlike runs never meet.
+
+    given: arguments like --config.n_end=5.0. Online: beside the folder of the offline run.
+    """
+    folder, parent = f"runs/{name}/{config.task}", config.offline_checkpoint
+    fields = sorted(setting.removeprefix("--config.") for setting in given)
+    words = [x for x in fields if x.partition("=")[0] not in UNNAMED]
+    words = [re.sub(r"[^\w.=,()+-]+", "_", x) for x in words] or ["online"] * bool(parent)
+    folder = "-".join([parent.rstrip("/") if parent else folder, *words])[:200]
+    return folder if parent else f"{folder}/{config.seed}"
 
 
 def prepare(config, workdir: str | None, name: str, resume: bool = True):
@@ -92,10 +87,14 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
     """
     config = ml_collections.ConfigDict(config)
     check_bounds(config)
-    default = f"runs/{name}/{config.task}/{config.seed}"
-    if config.offline_checkpoint:
-        default = config.offline_checkpoint.rstrip("/") + "-online"
-    workdir = os.path.abspath(os.path.expanduser(workdir or default))
+    file = (config.dataset or "").removeprefix("d4rl:")
+    if not config.dataset_path and os.path.isfile(os.path.expanduser(file)):
+        config.dataset_path = file
+    for path in PATHS:
+        if config[path]:
+            config[path] = absolute(config[path])
+    workdir = absolute(default_folder(name, config) if workdir is None else workdir)
+    use_jax_defaults(config)
     iql_steps = config.iql_steps if needs_iql(config) else 0
     sizes = divisors(math.gcd(config.eval_interval, iql_steps), config.get("policy_freq", 1))
     sizes = [size for size in sizes if size <= config.updates_per_call]
@@ -104,8 +103,22 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
         config.block_size = 32 if jax.local_device_count() == 1 else None  # devices would wait
     check_settings(config)
     check_folder(workdir, config, resume, MAY_CHANGE)
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     return ml_collections.FrozenConfigDict(config), workdir
+
+
+def use_jax_defaults(config) -> None:
+    """Sets what JAX may have been told by the environment. Raises InputError without a device."""
+    options = {"enable_x64": False, "numpy_dtype_promotion": "standard", "transfer_guard": "allow"}
+    options |= {"numpy_rank_promotion": "allow"}
+    options["default_matmul_precision"] = config.matmul_precision
+    for option, value in options.items():
+        jax.config.update(f"jax_{option}", value)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        platform = jax.config.jax_platforms
+        fix = "unset JAX_PLATFORMS, or install JAX for it"
+        raise InputError(f"JAX finds no device of JAX_PLATFORMS={platform}: {fix}") from None
 
 
 def needs_iql(config) -> bool:
@@ -152,11 +165,17 @@ def refuse(config, field, why):
 
 
 def check_bounds(config) -> None:
-    """Raises InputError for a number that is too small or too large."""
-    for fields, low, high in BOUNDS:
-        for field in fields.split():
-            if config.get(field) is not None and not low <= config[field] <= high:
-                bound = f"at most {high}" if config[field] > high else f"at least {low}"
+    """Raises InputError for a number that is too small or too large, and for odd sizes."""
+    for field, value in config.items():
+        is_sizes = isinstance(value, tuple) and all(type(x) is int and x > 0 for x in value)
+        if isinstance(value, tuple) and not (value and is_sizes):
+            refuse(config, field, "must be whole numbers of at least 1, such as (256,256)")
+        if type(value) in (int, float):
+            is_whole = isinstance(value, int)
+            low = LOWEST.get(field, int(is_whole))
+            high = HIGHEST.get(field, 2**31 - 1 if is_whole else 1e30)
+            if not low <= value <= high:
+                bound = f"at most {high}" if value > high else f"at least {low}"
                 refuse(config, field, f"must be {bound}")
 
 

@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM: the first one asks the run to save and stop, the second ends it at once."""
 
-import contextlib
 import signal
 import sys
 import threading
@@ -41,5 +40,4 @@ def _ask_to_stop(number, _):
         if signal.getsignal(caught) is _ask_to_stop:
             signal.signal(caught, signal.SIG_DFL)
     name = signal.Signals(number).name
-    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-        print(f"\n{name}: saving, then stopping; a second signal stops at once", file=sys.stderr)
+    print(f"\n{name}: saving, then stopping; a second signal stops at once", file=sys.stderr)

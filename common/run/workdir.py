@@ -1,14 +1,18 @@
 """Run folders: whose they are, what they hold, and how an earlier run makes room."""
 
+import contextlib
+import errno
 import glob
 import json
 import os
-import shutil
 import sys
 
 import filelock
 
 from common.run.errors import InputError
+
+# Of a run that is worth keeping.
+TRACES = ("scores.csv", "*.msgpack", "unfinished/*.msgpack", "unfinished/*.broken")
 
 
 def check_same(theirs: dict, config, free, what: str, fix: str) -> None:
@@ -27,9 +31,17 @@ def as_json(content):
     return json.loads(json.dumps(content), parse_constant=lambda _: None)
 
 
+def absolute(path: str) -> str:
+    """The path in full, with `~` expanded. Raises InputError for one that names nothing."""
+    full = os.path.expanduser(path)
+    if not path or full.startswith("~"):
+        raise InputError(f"the path '{path}' names no folder: give a full one, or set HOME for ~")
+    return os.path.abspath(full)
+
+
 def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> dict:
     """The settings of the run in `workdir`. Raises InputError when it holds no run."""
-    path = os.path.join(os.path.expanduser(workdir), "config.json")
+    path = os.path.join(absolute(workdir), "config.json")
     try:
         with open(path) as file:
             return dict(json.load(file))
@@ -43,18 +55,13 @@ def has(workdir: str, *patterns: str) -> bool:
     return any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in patterns)
 
 
-def is_unfinished(workdir: str) -> bool:
-    """Whether `workdir` holds a run that can be resumed."""
-    return has(workdir, "config.json") and has(workdir, "unfinished/*.msgpack")
-
-
 def check_folder(workdir: str, config, resume: bool, may_change) -> None:
     """Raises InputError when no run can be made in `workdir`, or resumed there.
 
-    may_change: settings in which a resumed run may differ.
+    may_change: settings in which two runs of the same folder may differ.
     """
     flag, fix = f"--workdir={workdir}", "choose another folder"
-    source = os.path.realpath(os.path.expanduser(config.offline_checkpoint or ""))
+    source = os.path.realpath(config.offline_checkpoint or "")
     if config.offline_checkpoint and os.path.realpath(workdir) == source:
         raise InputError(f"{flag} is the run of --config.offline_checkpoint: {fix}")
     if os.path.exists(workdir) and not os.path.isdir(workdir):
@@ -63,12 +70,10 @@ def check_folder(workdir: str, config, resume: bool, may_change) -> None:
     found -= {"lock", "config.json.tmp"}
     if found and found.isdisjoint({"config.json", "scores.csv", "unfinished"}):
         raise InputError(f"{flag} holds files that are no run: {fix}")
-    if resume and "config.json" not in found and "scores.csv" in found:
-        raise InputError(f"{flag} is a run without config.json: {fix}, or give --noresume")
-    if resume and is_unfinished(workdir):
-        fix = f"give those to resume it, {fix}, or set it aside with --noresume"
+    if resume and has(workdir, *TRACES):
+        fix = f"give those, {fix}, or set it aside with --noresume"
         settings = load_settings(workdir, "--workdir")
-        check_same(settings, config, may_change, f"{flag} is an unfinished run", fix)
+        check_same(settings, config, may_change, f"{flag} holds a run", fix)
 
 
 def lock_folder(workdir: str):
@@ -79,36 +84,35 @@ def lock_folder(workdir: str):
     except filelock.Timeout:
         fix = "wait for it, stop it, or choose another folder"
         raise InputError(f"--workdir={workdir} is in use by another process: {fix}") from None
+    except OSError as error:
+        if error.errno != errno.ENOLCK:
+            raise
+        print(f"warning: {workdir} cannot be locked: start one run there only", file=sys.stderr)
+        return contextlib.nullcontext()
 
 
 def set_aside(workdir: str) -> bool:
     """Renames an earlier run's folder to <workdir>.1, .2, ...; returns whether there was one."""
     workdir, number = os.path.realpath(workdir), 1
-    traces = (
-        "results.json",
-        "scores.csv",
-        "*.msgpack",
-        "unfinished/*.msgpack",
-        "unfinished/*.broken",
-    )
-    if not has(workdir, *traces):
+    if not has(workdir, *TRACES):
         return False
     while os.path.exists(aside := f"{workdir}.{number}"):
         number += 1
     os.rename(workdir, aside)
     os.makedirs(workdir)
     os.remove(os.path.join(aside, "lock"))
-    for rest in ("unfinished", "unfinished.old") if has(aside, "results.json") else ():
-        shutil.rmtree(os.path.join(aside, rest), ignore_errors=True)
     print(f"the earlier run in {workdir} is now {aside}", file=sys.stderr)
     return True
 
 
 def write_json(path: str, content) -> None:
+    write_file(path, json.dumps(as_json(content), indent=2).encode() + b"\n")
+
+
+def write_file(path: str, data: bytes) -> None:
     """Replaces a file as a whole. Raises OSError."""
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(as_json(content), file, indent=2, allow_nan=False)
-        file.write("\n")
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)

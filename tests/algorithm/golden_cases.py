@@ -108,9 +108,8 @@ def cql_parameters(antmaze=False):
 def pair_of(nets):
     """Both critics as the scripts hold them: stacked, or a tuple where their depths differ."""
     pair = nets["critic_1"], nets["critic_2"]
-    if len(pair[0]) != len(pair[1]):
-        return pair
-    return jax.tree.map(lambda a, b: np.stack([a, b]), *pair)
+    is_even = len(pair[0]) == len(pair[1])
+    return jax.tree.map(lambda a, b: np.stack([a, b]), *pair) if is_even else pair
 
 
 def members(pair):
@@ -120,30 +119,22 @@ def members(pair):
     return tuple(jax.tree.map(lambda x, i=i: x[i], pair) for i in range(2))
 
 
-def flatten(name, params):
-    """{'actor/layers_0/kernel': NumPy array, ...} of a network, by the authors' names."""
-    found = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        key = "/".join([name, *(step.key for step in path)])
-        key = key.replace("Dense", "layers").replace("LayerNorm", "norm")
-        if key.endswith("log_std"):
-            found |= {f"{key}_multiplier": np.asarray(x[0]), f"{key}_offset": np.asarray(x[1])}
-        else:
-            found[key] = np.asarray(x)
-    return found
-
-
 def by_authors_name(trees):
-    """Flattens {field of the state: parameters or gradients}."""
+    """Flattens {field of the state: parameters or gradients}, as 'actor_target/layers_0/kernel'."""
     found = {}
     for field, tree in trees.items():
-        suffix = "_target" if "target" in field else ""
-        if "critic" in field:
-            for i, params in enumerate(members(tree), start=1):
-                found |= flatten(f"critic_{i}{suffix}", params)
-        else:
-            name = field.removeprefix("target_").replace("coefficient", "beta")
-            found |= flatten(name + suffix, tree)
+        name = field.removeprefix("target_").replace("coefficient", "beta")
+        nets = {name: tree}
+        if name == "critic":
+            nets = {f"critic_{i}": params for i, params in enumerate(members(tree), start=1)}
+        for net, params in nets.items():
+            net += "_target" * field.startswith("target_")
+            for path, x in jax.tree_util.tree_leaves_with_path(params):
+                key = "/".join([net, *(step.key for step in path)])
+                key = key.replace("Dense", "layers").replace("LayerNorm", "norm")
+                found[key] = np.asarray(x)
+                if key.endswith("log_std"):
+                    found[f"{key}_multiplier"], found[f"{key}_offset"] = found.pop(key)
     return found
 
 
@@ -197,6 +188,7 @@ class Comparison:
 
     def __init__(self, path, case, dtype, initial):
         self.name, self.case, self.dtype, self.initial = path.name, case, dtype, initial
+        self.tolerance = TOLERANCE[dtype]
         self.compared, self.flipped, self.count = set(), [], 0
 
     def check(self, i, key, actual, kind, columns=None):
@@ -208,7 +200,7 @@ class Comparison:
         scale = np.nanmax(np.abs(golden))
         if key.startswith("probe/"):
             scale = max(scale, 0.05)  # parameters: 5e-7 in float32 whatever their size
-        actual, atol = np.asarray(actual).astype(float), TOLERANCE[self.dtype][kind] * scale
+        actual, atol = np.asarray(actual).astype(float), self.tolerance[kind] * scale
         error = np.abs(actual.reshape(golden[i].shape) - golden[i]).max()
         if self.dtype == "float32" and kind == "gradient" and atol < error < 1e-3 * scale:
             self.flipped.append((i, key))  # a ReLU whose input float32 cannot tell from zero

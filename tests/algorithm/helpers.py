@@ -11,7 +11,6 @@ from toys import ACTION, OBS, arrays, frozen, toy_batch
 
 import ssar_cql
 import ssar_td3bc
-from common.seeds import Seeds
 
 both_scripts = pytest.mark.parametrize("ssar", [ssar_td3bc, ssar_cql], ids=["td3bc", "cql"])
 
@@ -21,24 +20,30 @@ def settings(ssar, **overrides):
     return frozen(script=ssar.__name__, **({"updates_per_call": 20} | overrides))
 
 
+def one_of(tree, i=0):
+    """A tree with entry i of every array."""
+    return jax.tree.map(lambda x: x[i], tree)
+
+
 @cache
 def jitted_init(ssar, config):
-    return jax.jit(partial(ssar.init_state, obs_dim=OBS, action_dim=ACTION, config=config))
+    init = partial(ssar.init_state, obs_dim=OBS, action_dim=ACTION, config=config)
+    return jax.jit(jax.vmap(init))
+
+
+def new_states(ssar, config, count):
+    """The TrainStates of seeds 0, 1, ..., with a leading axis of seeds."""
+    return jitted_init(ssar, config)(jnp.stack([jax.random.key(seed) for seed in range(count)]))
+
+
+def new_state(ssar, config):
+    """The TrainState of one seed."""
+    return one_of(new_states(ssar, config, 1))
 
 
 def batch_of(ssar, **options):
     """toy_batch as a Transition of one of the scripts."""
     return ssar.Transition(*toy_batch(**options))
-
-
-def new_state(ssar, config, seed=0):
-    """The TrainState of one seed."""
-    return jitted_init(ssar, config)(jax.random.key(seed))
-
-
-def stack(trees):
-    """The trees of several seeds as one, with a leading axis of seeds."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 def actor_is_due(ssar, due=True):
@@ -59,15 +64,15 @@ def set_up(ssar, config, **options):
     return state, batch, noise, jitted_update(ssar, config)
 
 
-def coefficient_of(state):
-    """All that training β_φ changes."""
-    return state.coefficient, state.coefficient_opt, state.threshold
-
-
 def assert_close(a, b, rtol, atol):
     """All arrays of two trees are close."""
     for x, y in zip(arrays(a), arrays(b), strict=True):
         np.testing.assert_allclose(x.astype(float), y.astype(float), rtol=rtol, atol=atol)
+
+
+def evaluate(act, actor):
+    """Stands in for an Evaluator: the actions of every seed at three observations."""
+    return act(actor, jnp.ones((len(jax.tree.leaves(actor)[0]), 3, OBS)))
 
 
 class StubRun:
@@ -77,8 +82,7 @@ class StubRun:
         self.metrics = {}
 
     def resume(self, phase, tree, total):
-        self.step, self.metrics[phase] = 0, []
-        self.latest = self.metrics[phase]
+        self.step, self.phase, self.metrics[phase] = 0, phase, []
         return tree
 
     def steps(self, until, size=1):
@@ -87,7 +91,7 @@ class StubRun:
             yield self.step
 
     def log(self, step, metrics, finished=()):
-        self.latest.append(metrics)
+        self.metrics[self.phase].append(metrics)
 
     def save(self, step, tree):
         self.tree = tree
@@ -114,40 +118,3 @@ class Point:
         self.obs = self.reset() if len(self.moves) % 4 == 0 else next_obs  # a time limit
         ended = np.zeros(self.seeds, np.float32)
         return SimpleNamespace(obs=self.obs, terminated=ended, finished=[], **move)
-
-
-class WatchedSeeds(Seeds):
-    """Seeds that call watch(program, donate, *args) before the first call of every program."""
-
-    def __init__(self, count, watch):
-        super().__init__(count)
-        self.watch = watch
-
-    def vmap(self, function, in_axes=0, donate=(), is_loop=False):
-        program, is_new = super().vmap(function, in_axes, donate, is_loop), [True]
-
-        def call(*args):
-            if is_new:
-                is_new.pop()
-                self.watch(program, donate, *args)
-            return program(*args)
-
-        return call
-
-
-def run_all_loops(ssar, seeds, config):
-    """IQL labelling, offline and online training. Returns the labels and the state."""
-    count, run = config.num_seeds, StubRun()
-    keys = jnp.stack([jax.random.key(seed) for seed in range(count)])
-    data = seeds.share(batch_of(ssar, rows=200))
-    labels = ssar.label_by_iql(keys, data._replace(trusted=None), seeds, run, config)
-    shares = np.linspace(0, 1, count)[:, None]  # each seed has its own D̂, from nothing to all
-    trusted = (np.random.default_rng(0).random((count, 200)) < shares).astype(np.float32)
-    data = data._replace(trusted=seeds.spread(trusted))
-    state = seeds.spread(stack([new_state(ssar, config, seed) for seed in range(count)]))
-    evaluate = lambda act, actor: act(actor, jnp.ones((count, 3, OBS)))
-    state = ssar.pretrain(state, data, evaluate, seeds, run, config)
-    trusted = np.stack([metrics["trusted_fraction"] for metrics in run.metrics["offline"]])
-    assert (trusted[:, 0] == 0).all() and (trusted[:, -1] == 1).all()
-    data = ssar.offline_part(data, np.arange(200) % 5 == 4, config)
-    return labels, ssar.finetune(state, data, Point(count), evaluate, seeds, run, config)

@@ -9,12 +9,14 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import conftest  # noqa: F401  sets up the environment before JAX starts
+import jax
 import numpy as np
 import pytest
-from helpers import WatchedSeeds, run_all_loops, settings
+from helpers import Point, StubRun, batch_of, evaluate, new_states, settings
 from toys import arrays, tiny_config, toy_columns, write_hdf5
 
 import ssar_cql
@@ -22,37 +24,66 @@ import ssar_td3bc
 from common.seeds import Seeds
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = {"ssar_td3bc": ssar_td3bc, "ssar_cql": ssar_cql}
 COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
 
 
+class WatchedSeeds(Seeds):
+    """Seeds that keep the text of every program, and which of them overwrite their state."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.texts, self.overwrites = [], []
+
+    def vmap(self, *args, **options):
+        program, compiled = super().vmap(*args, **options), []
+
+        def call(*args):
+            if compiled:
+                return compiled[0](*args)
+            compiled.append(program.lower(*args).compile())
+            results = compiled[0](*args)
+            self.texts.append(compiled[0].as_text())
+            self.overwrites.append(all(x.is_deleted() for x in jax.tree.leaves(args[0])))
+            return results
+
+        return call
+
+
 def train_eight_seeds(ssar):
-    """Returns the IQL labels, the arrays of the state, and what was seen."""
-    texts = []
-    watch = lambda program, donate, *args: texts.append(program.lower(*args).compile().as_text())
+    """IQL labelling, offline and online training: the labels, the state and what was seen."""
     lengths = {"offline_steps": 40, "online_steps": 20, "warmup_steps": 5, "iql_steps": 20}
     whole_batch = {"block_size": None} if ssar is ssar_cql else {}  # as several devices have it
     config = settings(ssar, num_seeds=8, **lengths, **whole_batch)
-    labels, state = run_all_loops(ssar, WatchedSeeds(8, watch), config)
+    seeds, run, state = WatchedSeeds(8), StubRun(), new_states(ssar, config, 8)
+    data = seeds.share(batch_of(ssar, rows=200))
+    labels = ssar.label_by_iql(state.key, data._replace(trusted=None), seeds, run, config)
+    shares = np.linspace(0, 1, 8)[:, None]  # each seed has its own D̂, from nothing to all
+    trusted = (np.random.default_rng(0).random((8, 200)) < shares).astype(np.float32)
+    data = data._replace(trusted=seeds.spread(trusted))
+    state = ssar.pretrain(seeds.spread(state), data, evaluate, seeds, run, config)
+    trusted = np.stack([metrics["trusted_fraction"] for metrics in run.metrics["offline"]])
+    assert (trusted[:, 0] == 0).all() and (trusted[:, -1] == 1).all()
+    data = ssar.offline_part(data, np.arange(200) % 5 == 4, config)
+    state = ssar.finetune(state, data, Point(8), evaluate, seeds, run, config)
     seen = {
         "devices": len(state.step.sharding.device_set),
-        "programs": len(texts),
-        "collectives": COLLECTIVE.findall(" ".join(texts)),
+        "programs": len(seeds.texts),
+        "overwrites": sum(seeds.overwrites),
+        "collectives": COLLECTIVE.findall(" ".join(seeds.texts)),
         "used": [Seeds(count).by_seed.num_devices for count in (1, 5, 6, 9, 11, 16)],
     }
     return labels, arrays(state), seen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ssar_td3bc", "ssar_cql"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_eight_devices_equal_one(name, tmp_path):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, __file__, name, tmp_path / "many.npz"],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, __file__, name, tmp_path / "many.npz"]
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     many, (labels, alone, _) = np.load(tmp_path / "many.npz"), train_eight_seeds(SCRIPTS[name])
     for i, x in enumerate(alone):
@@ -63,9 +94,9 @@ def test_eight_devices_equal_one(name, tmp_path):
     seen = json.loads(done.stdout.splitlines()[-1])
     # IQL and its labels, training, play, explore, store, the online updates, play
     programs = 9 if name == "ssar_td3bc" else 8
-    # As many devices as share the seeds evenly
-    used = [1, 5, 6, 3, 1, 8]
-    assert seen == {"devices": 8, "programs": programs, "collectives": [], "used": used}
+    assert (seen["programs"], seen["overwrites"]) == (programs, programs - 4)
+    assert (seen["devices"], seen["collectives"]) == (8, [])
+    assert seen["used"] == [1, 5, 6, 3, 1, 8]  # as many devices as share the seeds evenly
 
 
 SETTINGS = """
@@ -87,12 +118,8 @@ def test_two_processes_share_the_seeds(tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     runs, env = tmp_path / "runs", os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, ROOT / "ssar_td3bc.py", f"--config={file}", f"--workdir={runs}"]
-    processes = [
-        subprocess.Popen(
-            [*command, f"--distributed={address},2,{i}"], env=env, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(2)
-    ]
+    start = partial(subprocess.Popen, env=env, stderr=subprocess.PIPE, text=True)
+    processes = [start([*command, f"--distributed={address},2,{i}"]) for i in range(2)]
     for process in processes:
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0, stderr[-3000:]
@@ -102,8 +129,6 @@ def test_two_processes_share_the_seeds(tmp_path):
     scores = [(folder / "scores.csv").read_text() for folder in (runs / "2", tmp_path / "alone")]
     assert scores[0] == scores[1]
 
-
-SCRIPTS = {"ssar_td3bc": ssar_td3bc, "ssar_cql": ssar_cql}
 
 if __name__ == "__main__":
     labels, state, seen = train_eight_seeds(SCRIPTS[sys.argv[1]])

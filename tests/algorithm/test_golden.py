@@ -3,23 +3,12 @@
 import importlib
 from functools import partial
 
+import golden_cases as golden
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from golden_cases import (
-    TOLERANCE,
-    Comparison,
-    cql_parameters,
-    find_cases,
-    first_moments,
-    iql_parameters,
-    load_case,
-    pair_of,
-    parameters,
-    td3_parameters,
-)
 
 import ssar_cql
 import ssar_td3bc
@@ -38,33 +27,32 @@ RENAMED = {
     "max_n_away": "n_end",
     "beta_lr": "coefficient_lr",
 }
-# Their names of our metrics
-TD3_LOGS = {"critic_loss": "critic_loss", "q1": "q1", "actor_loss": "actor_loss"}
-CQL_LOGS = {
-    "critic_loss": "qf_loss",
-    "q1": "average_qf1",
-    "actor_loss": "policy_loss",
-    "alpha": "alpha",
-    "alpha_prime": "alpha_prime",
+# Our metrics, and what the authors call them in TD3+BC and in CQL
+LOGS = {
+    "critic_loss": ("critic_loss", "qf_loss"),
+    "q1": ("q1", "average_qf1"),
+    "actor_loss": ("actor_loss", "policy_loss"),
+    "alpha": ("alpha",),
+    "alpha_prime": ("alpha_prime",),
+    "margin": ("beta_weight",),
 }
-CASES = [*find_cases("td3_"), *find_cases("cql_")]
+CASES = [*golden.find_cases("td3_"), *golden.find_cases("cql_")]
 # These differ from td3_a_fast and cql_a_fast in their schedule alone.
 SCHEDULES = ("official", "stop_late", "period4")
 IN_FLOAT32 = [path for path in CASES if not path.stem.endswith(SCHEDULES)]
 
 
-def golden_config(ssar, hp):
+def golden_config(ssar, hp, dtype):
     """Our settings for a case's hyper-parameters."""
     config = importlib.import_module(f"configs.{ssar.__name__}").get_config("custom")
     for theirs, value in hp.items():
-        name = theirs if theirs in config else theirs.removeprefix("cql_")
-        name = RENAMED.get(theirs, name)
+        name = RENAMED.get(theirs, theirs if theirs in config else theirs.removeprefix("cql_"))
         if name in config:
             config[name] = config.get_type(name)(value)
     if ssar is ssar_cql:
         config.critic_layers = (int(hp["q_n_hidden_layers"]), 3)
         config.bc_weight = 0.5 if "ant" in hp["env"] else 0.0
-        config.block_size = 12  # no divisor of the batch
+        config.block_size = 12 if dtype == "float64" else None  # 12 is no divisor of the batch
     return ml_collections.FrozenConfigDict(config)
 
 
@@ -76,10 +64,12 @@ def in_dtype(tree, dtype):
 
 def golden_state(ssar, config, hp, dtype):
     """A TrainState that starts from the authors' networks."""
-    nets = td3_parameters() if ssar is ssar_td3bc else cql_parameters("ant" in hp["env"])
+    nets = golden.td3_parameters()
+    if ssar is ssar_cql:
+        nets = golden.cql_parameters("ant" in hp["env"])
     init = partial(ssar.init_state, obs_dim=5, action_dim=3, config=config)
     state = jax.jit(init)(jax.random.key(0))
-    new = {"actor": nets["actor"], "critic": pair_of(nets), "coefficient": nets["beta"]}
+    new = {"actor": nets["actor"], "critic": golden.pair_of(nets), "coefficient": nets["beta"]}
     targets = {f"target_{name}": net for name, net in new.items()}
     new |= {name: net for name, net in targets.items() if name in state._fields}
     return in_dtype(state._replace(**new), dtype)
@@ -111,11 +101,11 @@ def golden_inputs(ssar, case, i, dtype):
 )
 def test_update_step_reproduces_the_authors(path, dtype):
     ssar = ssar_td3bc if path.stem.startswith("td3") else ssar_cql
-    case, hp = load_case(path)
-    config = golden_config(ssar, hp)
+    case, hp = golden.load_case(path)
+    config = golden_config(ssar, hp, dtype)
     with jax.enable_x64(dtype == "float64"):
         state = golden_state(ssar, config, hp, dtype)
-        golden = Comparison(path, case, dtype, parameters(state))
+        comparison = golden.Comparison(path, case, dtype, golden.parameters(state))
         static = ("online", "update_actor") if ssar is ssar_td3bc else "online"
         update = jax.jit(partial(ssar.update_step, config=config), static_argnames=static)
         coefficient = jax.jit(partial(ssar.coefficient, config=config))
@@ -129,39 +119,38 @@ def test_update_step_reproduces_the_authors(path, dtype):
             before = state._replace(online_step=jnp.int32(online_step - 1))
             state, info = update(before, batch, noise, **options)
             beta, beta_after = (coefficient(x.coefficient, batch.obs) for x in (before, state))
-            golden.check(i, "beta_net/before", beta, "beta")
-            golden.check(i, "beta_net/after", beta_after, "beta")
-            golden.check(i, "state/n_away", state.threshold.n, "log")
-            golden.check(i, "state/update_threshold", state.threshold.stopped_at < 0, "log")
-            old, new = first_moments(before), first_moments(state)
-            golden.check_gradients(i, {key: (new[key] - 0.9 * old[key]) / 0.1 for key in new})
-            golden.check_parameters(i, parameters(state))
-            check_metrics(ssar, golden, i, info, batch, beta, config)
+            comparison.check(i, "beta_net/before", beta, "beta")
+            comparison.check(i, "beta_net/after", beta_after, "beta")
+            comparison.check(i, "state/n_away", state.threshold.n, "log")
+            comparison.check(i, "state/update_threshold", state.threshold.stopped_at < 0, "log")
+            old, new = golden.first_moments(before), golden.first_moments(state)
+            comparison.check_gradients(i, {key: (new[key] - 0.9 * old[key]) / 0.1 for key in new})
+            comparison.check_parameters(i, golden.parameters(state))
+            check_metrics(ssar, comparison, i, info, batch, beta, config)
             if ssar is ssar_cql:
                 margin = margins(state.actor, batch, before.threshold)
-                golden.check(i, "local/train/beta_weight", margin, "log")
-    golden.finish()
+                comparison.check(i, "local/train/beta_weight", margin, "log")
+    comparison.finish()
     logs = {"log/critic_loss"} if ssar is ssar_td3bc else {"log/qf_loss", "grad_stats/log_alpha"}
-    assert logs | {"beta_net/after", "state/n_away"} <= golden.compared
-    assert ("grad_stats/log_alpha_prime" in golden.compared) == hp.get("cql_lagrange", False)
+    assert logs | {"beta_net/after", "state/n_away"} <= comparison.compared
+    assert ("grad_stats/log_alpha_prime" in comparison.compared) == hp.get("cql_lagrange", False)
 
 
-def check_metrics(ssar, golden, i, info, batch, beta, config):
+def check_metrics(ssar, comparison, i, info, batch, beta, config):
     """Compares the metrics of update i with the authors' logs, and β_φ's with `beta`."""
-    for ours, theirs in (TD3_LOGS if ssar is ssar_td3bc else CQL_LOGS).items():
-        if ours in info:
-            golden.check(i, f"log/{theirs}", info[ours], "log")
+    for ours, names in LOGS.items():
+        for theirs in names if ours in info else ():
+            comparison.check(i, f"log/{theirs}", info[ours], "log")
     if ssar is ssar_cql:
-        golden.check(i, "log/log_pi", -info["entropy"], "log")
+        comparison.check(i, "log/log_pi", -info["entropy"], "log")
         penalty = info["critic_loss"] - info["td_loss"]
         for ours, theirs in ((info["td_loss"], "qf{}_loss"), (penalty, "cql_min_qf{}_loss")):
-            logs = [golden.case[f"f64/log/{theirs.format(critic)}"][i] for critic in (1, 2)]
-            atol = np.abs(golden.case["f64/log/qf_loss"]).max() * TOLERANCE[golden.dtype]["log"]
+            logs = [comparison.case[f"f64/log/{theirs.format(critic)}"][i] for critic in (1, 2)]
+            atol = np.abs(comparison.case["f64/log/qf_loss"]).max() * comparison.tolerance["log"]
             np.testing.assert_allclose(float(ours), sum(logs), rtol=0, atol=atol)
     if "margin" in info:
-        golden.check(i, "log/beta_weight", info["margin"], "log")
         count = info["constrained_fraction"] * len(batch.trusted)
-        golden.check(i, "log/constrained_nums", count, "log")
+        comparison.check(i, "log/constrained_nums", count, "log")
         acts = np.asarray(batch.trusted) > 0 if config.loosen_bound else slice(None)
         beta = np.asarray(beta)[acts] if np.any(acts) else np.asarray(beta)
         ours = [float(info[f"beta_{kind}"]) for kind in ("min", "mean", "max")]
@@ -169,10 +158,10 @@ def check_metrics(ssar, golden, i, info, batch, beta, config):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("path", find_cases("iql"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", golden.find_cases("iql"), ids=lambda path: path.stem)
 def test_iql_reproduces_the_authors(path, dtype):
-    ssar, (case, hp) = ssar_td3bc, load_case(path)
-    config = golden_config(ssar, hp)
+    ssar, (case, hp) = ssar_td3bc, golden.load_case(path)
+    config = golden_config(ssar, hp, dtype)
     rtol = 1e-6 if dtype == "float64" else 2e-5
 
     def assert_golden(ours, key, i):
@@ -181,8 +170,8 @@ def test_iql_reproduces_the_authors(path, dtype):
         np.testing.assert_allclose(ours, golden[i], rtol=0, atol=atol)
 
     with jax.enable_x64(dtype == "float64"):
-        nets, state = iql_parameters(), ssar.iql_init(jax.random.key(0), 5, 3)
-        pair = pair_of(nets)
+        nets, state = golden.iql_parameters(), ssar.iql_init(jax.random.key(0), 5, 3)
+        pair = golden.pair_of(nets)
         state = state._replace(value=nets["value"], critic=pair, target_critic=pair)
         state = in_dtype(state, dtype)
         columns = ("observations", "actions", "rewards", "next_observations", "terminals")

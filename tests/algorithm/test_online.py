@@ -13,10 +13,12 @@ from helpers import (
     assert_close,
     batch_of,
     both_scripts,
+    evaluate,
     jitted_update,
     new_state,
+    new_states,
+    one_of,
     settings,
-    stack,
 )
 from toys import ACTION, OBS, toy_batch
 
@@ -33,34 +35,28 @@ def tagged(tags, trusted=1):
     return ssar_td3bc.Transition(wide(OBS), wide(ACTION), tags, wide(OBS), tags, trusted)
 
 
-def filled_buffer(config, tags):
-    """A buffer in which one transition after the other was stored."""
-    buffer, add = ssar_td3bc.init_buffer(tagged([0]), config), jax.jit(ssar_td3bc.store)
-    for tag in tags:
-        buffer = add(buffer, jax.tree.map(lambda x: x[0], tagged([tag])))
-    return buffer
-
-
+store = jax.jit(ssar_td3bc.store)
 sample_batch = jax.jit(ssar_td3bc.sample_batch, static_argnames="config")
 
 # --------------------------------------------------------------------------- buffer and batches
 
 
 @pytest.mark.parametrize("buffer_init", ["all", "half", "part", "none"])
-@pytest.mark.parametrize("stored", [1, 4, 6, 20])
+@pytest.mark.parametrize("stored", [1, 6, 20])
 def test_batches_hold_offline_and_stored_transitions_as_the_settings_say(buffer_init, stored):
     """Whole transitions, all equally often, and when the buffer is full its newest."""
     config = settings(ssar_td3bc, buffer_init=buffer_init, buffer_capacity=6, batch_size=700)
     data = tagged(range(8), trusted=0)
-    data = data._replace(trusted=data.trusted[None])
     ends = np.array([0, 1, 0, 0, 1, 0, 0, 1], bool)
-    data = ssar_td3bc.offline_part(data, ends, config)
-    old = [] if buffer_init == "none" else list(range(8))  # part: all of the three episodes
-    assert sorted(np.asarray(data.reward).tolist()) == old
-    new = list(range(100, 100 + stored))[-6:]
+    data = ssar_td3bc.offline_part(data._replace(trusted=data.trusted[None]), ends, config)
     data = data._replace(trusted=data.trusted[0])
-    buffer = filled_buffer(config, range(100, 100 + stored))
+    buffer = ssar_td3bc.init_buffer(data, config)
+    for tag in range(100, 100 + stored):
+        buffer = store(buffer, one_of(tagged([tag])))
     batch = sample_batch(jax.random.key(stored), data, buffer, config)
+
+    old = [] if buffer_init == "none" else list(range(8))  # part: all of the three episodes
+    new = list(range(100, 100 + stored))[-6:]
     drawn = np.asarray(batch.reward)
     np.testing.assert_array_equal(batch.trusted, drawn >= 100)  # what is new is trusted
     for column in (batch.obs, batch.action, batch.next_obs):
@@ -77,14 +73,13 @@ def test_batches_hold_offline_and_stored_transitions_as_the_settings_say(buffer_
 def test_part_keeps_the_50_best_episodes_and_what_each_seed_trusts_of_them():
     rng = np.random.default_rng(0)
     ends = np.arange(240) % 3 == 2  # 80 episodes of three transitions
-    trusted = (rng.random((2, 240)) < 0.5).astype(np.float32)
-    data = tagged(rng.permutation(240))._replace(trusted=jnp.asarray(trusted))
+    trusted = rng.random((2, 240)) < 0.5
+    data = tagged(rng.permutation(240))._replace(trusted=trusted)
     kept = ssar_td3bc.offline_part(data, ends, settings(ssar_td3bc, buffer_init="part"))
     rewards = np.asarray(data.reward).reshape(80, 3)
     best = np.argsort(-rewards.sum(axis=1), kind="stable")[:50]
     np.testing.assert_array_equal(kept.reward, rewards[best].ravel())
-    expected = trusted.reshape(2, 80, 3)[:, best].reshape(2, -1)
-    np.testing.assert_array_equal(kept.trusted, expected)
+    np.testing.assert_array_equal(kept.trusted, trusted.reshape(2, 80, 3)[:, best].reshape(2, -1))
     np.testing.assert_array_equal(kept.obs[:, 0], kept.reward)
 
 
@@ -92,7 +87,7 @@ def test_part_keeps_the_50_best_episodes_and_what_each_seed_trusts_of_them():
 
 
 @both_scripts
-def test_exploration(ssar):
+def test_exploration_is_tanh_gaussian_in_cql_and_adds_noise_in_td3bc(ssar):
     state, obs = new_state(ssar, settings(ssar)), jnp.ones(OBS)
 
     def actions(steps, key=5, **overrides):
@@ -120,11 +115,11 @@ def test_exploration(ssar):
 
 
 @both_scripts
-def test_an_online_step_is_an_update_on_what_is_stored(ssar):
+def test_an_online_step_is_an_annealed_update_on_what_is_stored(ssar):
     """With one transition to draw from, the batch is known."""
     config = settings(ssar, buffer_init="none", online_steps=4)
     state, row = new_state(ssar, config), batch_of(ssar, rows=1, trusted=[1])
-    buffer = ssar.store(ssar.init_buffer(row, config), jax.tree.map(lambda x: x[0], row))
+    buffer = ssar.store(ssar.init_buffer(row, config), one_of(row))
     step = jax.jit(partial(ssar.online_step, config=config, **actor_is_due(ssar)))
     ours = step(state, buffer, jax.tree.map(lambda x: x[:0], row))
     batch = jax.tree.map(lambda x: jnp.repeat(x, config.batch_size, axis=0), row)
@@ -139,43 +134,36 @@ def test_a_large_buffer_stays_in_place(seeds):
     """A step writes it where it lies, and an update copies none of it."""
     ssar = ssar_td3bc
     config = settings(ssar, online_steps=300_000)
-    state = stack([new_state(ssar, config, seed) for seed in range(seeds)])
-    data = toy_batch(rows=50)
-    data = data._replace(trusted=jnp.stack([data.trusted] * seeds))
-    buffer = stack([ssar.init_buffer(data, config)] * seeds)
+    data, per_seed = toy_batch(), lambda x: jnp.stack([x] * seeds)
+    transition = jax.tree.map(per_seed, one_of(data))
+    data = data._replace(trusted=per_seed(data.trusted))
+    buffer = jax.tree.map(per_seed, ssar.init_buffer(data, config))
     size = sum(x.nbytes for x in jax.tree.leaves(buffer.rows)) / seeds
-    transition = jax.tree.map(lambda x: np.asarray(x[:seeds]), toy_batch())
-    add = Seeds(seeds).vmap(ssar.store, donate=0)
     learn = partial(ssar.online_step, config=config, update_actor=True)
     learn = Seeds(seeds).vmap(learn, in_axes=(0, 0, ssar.DATA_AXES), donate=0)
-    for program in (add.lower(buffer, transition), learn.lower(state, buffer, data)):
-        assert program.compile().memory_analysis().temp_size_in_bytes < size / 4
+    program = learn.lower(new_states(ssar, config, seeds), buffer, data).compile()
+    assert program.memory_analysis().temp_size_in_bytes < size / 4
+    add = Seeds(seeds).vmap(ssar.store, donate=0).lower(buffer, transition).compile()
+    assert add.memory_analysis().temp_size_in_bytes < size / 4
     place = buffer.rows.obs.unsafe_buffer_pointer()
-    for _ in range(2):
-        buffer = add(buffer, transition)
-    assert buffer.rows.obs.unsafe_buffer_pointer() == place
-    assert buffer.added.tolist() == [2] * seeds
+    assert add(buffer, transition).rows.obs.unsafe_buffer_pointer() == place
 
 
 # ------------------------------------------------------------------------------ the whole loop
 
 
-def finetuned(ssar, seeds=2, **overrides):
-    """The state, the stub of Run and the environments of an online run without data."""
-    config = settings(ssar, num_seeds=seeds, buffer_init="none", **overrides)
-    states = stack([new_state(ssar, config, seed) for seed in range(seeds)])
-    data = batch_of(ssar, rows=0)._replace(trusted=jnp.zeros((seeds, 0)))
-    run, envs = StubRun(), Point(seeds)
-    evaluate = lambda act, actor: act(actor, jnp.ones((seeds, 3, OBS)))
-    return ssar.finetune(states, data, envs, evaluate, Seeds(seeds), run, config), run, envs
-
-
 @both_scripts
 def test_finetune_stores_every_step_and_updates_after_the_warmup(ssar):
-    overrides = {"new_policy_freq": 3} if ssar is ssar_td3bc else {}
-    state, run, envs = finetuned(
-        ssar, online_steps=40, warmup_steps=10, eval_interval=20, reward_bias=-1.0, **overrides
-    )
+    delay = {"new_policy_freq": 3} if ssar is ssar_td3bc else {}
+    lengths = {"online_steps": 40, "warmup_steps": 10, "eval_interval": 20}
+    config = settings(ssar, buffer_init="none", reward_bias=-1.0, **lengths, **delay)
+    data = batch_of(ssar, rows=0)._replace(trusted=jnp.zeros((2, 0)))
+    run, envs, start = StubRun(), Point(2), new_states(ssar, config, 2)
+    keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(start.key)
+    explore = jax.jit(jax.vmap(partial(ssar.explore, config=config), (0, 0, 0, None)))
+    act = partial(explore, jax.tree.map(jnp.copy, start.actor))  # the state is donated
+    state = ssar.finetune(start, data, envs, evaluate, Seeds(2), run, config)
+
     assert (state.online_step.tolist(), state.step.tolist()) == ([30, 30], [30, 30])
     assert run.score.shape == (2, 3, ACTION)
     _, buffer = run.tree
@@ -183,21 +171,11 @@ def test_finetune_stores_every_step_and_updates_after_the_warmup(ssar):
     assert buffer.added.tolist() == [40, 40]
     assert (rows.trusted == 1).all()
     for name in ("obs", "action", "next_obs"):
-        expected = [move[name] for move in envs.moves]
-        np.testing.assert_array_equal(getattr(rows, name), expected)
-    reward = np.array([move["reward"] for move in envs.moves])
-    np.testing.assert_array_equal(rows.reward, reward - 1)
+        np.testing.assert_array_equal(getattr(rows, name), [move[name] for move in envs.moves])
+    np.testing.assert_array_equal(rows.reward, [move["reward"] - 1 for move in envs.moves])
+    for step in range(1, 11):  # with the first actor
+        expected = act(rows.obs[step - 1], keys, step)
+        np.testing.assert_allclose(rows.action[step - 1], expected, rtol=1e-5, atol=1e-6)
     assert not any(run.metrics["online"][:10])
     moved = ["actor_loss" in metrics for metrics in run.metrics["online"][10:]]
     assert moved == [ssar is ssar_cql or i % 3 == 0 for i in range(1, 31)]
-    assert not np.array_equal(rows.action[:, 0], rows.action[:, 1])  # each seed has its own
-
-
-def test_plain_td3_learns_online_without_data():
-    _, _, envs = finetuned(
-        ssar_td3bc, seeds=1, online_steps=500, warmup_steps=50, eval_interval=500,
-        coefficient="fixed", coefficient_init=0.0, exploration_noise=0.3, hidden_dims=(32, 32),
-        actor_lr=3e-3, critic_lr=3e-3,
-    )  # fmt: skip
-    reward = np.array([move["reward"] for move in envs.moves])
-    assert reward[-100:].mean() > reward[:50].mean() + 0.3

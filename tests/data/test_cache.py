@@ -1,5 +1,6 @@
 """Labels that are kept: made once, by one process, and again if their file is broken."""
 
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -80,9 +81,12 @@ def test_who_waits_for_labels_can_be_stopped(tmp_path, monkeypatch):
 
 def test_labels_that_cannot_be_kept_cost_a_warning(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    warning = "cannot be kept (Not a directory): set --config.cache_dir"
-    make = lambda: LABELS if warning in capsys.readouterr().err else None  # before the work
-    assert cached_labels(make, DATA, settings(tmp_path / "file")) is LABELS
+    assert cached_labels(lambda: LABELS, DATA, settings(tmp_path / "file")) is LABELS
+    assert "cannot be kept (Not a directory): set --config.cache_dir" in capsys.readouterr().err
+    nowhere = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr(filelock.FileLock, "acquire", nowhere)
+    assert cached_labels(lambda: LABELS, DATA, settings(tmp_path / "new")) is LABELS
+    assert "cannot be locked (No locks available): start one run" in capsys.readouterr().err
     monkeypatch.setattr(np, "savez", mock.Mock(side_effect=OSError(28, "No space left on device")))
     assert cached_labels(lambda: LABELS, DATA, settings(tmp_path)) is LABELS
     assert "cannot be kept (No space left on device)" in capsys.readouterr().err

@@ -84,7 +84,10 @@ def test_recorded_states_are_replayed(tmp_path, capsys):
 
 
 def test_files_that_cannot_be_replayed_are_named(tmp_path):
-    for name, words in (("hopper_medium-v2", "has no infos/qpos"), ("mine", "id with --env=<id>")):
+    for name, words in (
+        ("hopper_medium-v2", "has no infos/qpos"),
+        ("mine", "give --env=<Gymnasium id>"),
+    ):
         path = write_hdf5(tmp_path / f"{name}.hdf5", **toy_columns(60))
         with pytest.raises(SystemExit, match=words):
             benchmark.main([path])

@@ -35,7 +35,8 @@ def command(monkeypatch, capfd):
     """Runs a command line in this process: exit status, stdout and stderr."""
     monkeypatch.setattr(cli, "catch_signals", lambda: None)
     monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(threading, "excepthook", None)  # is put back
+    for owner, name in ((threading, "excepthook"), (sys, "stdout"), (sys, "stderr")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # is put back
 
     def command(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
@@ -60,15 +61,8 @@ def files(folder):
     return found
 
 
-TEXT = """
-from configs.ssar_td3bc import get_config as ours
-
-def get_config(task="demo"):
-    config = ours(task)
-    with config.ignore_type():
-        config.loosen_bound = "False"
-    return config
-"""
+TEXT = 'def get_config(): return {"loosen_bound": "yes"}'
+TYPO = 'def get_config(): return {"n_ende": 2.0}'
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +83,7 @@ def folder(tmp_path_factory):
         script = name if name.startswith("ssar") else "ssar_td3bc"
         (folder / f"{name}.py").write_text(SETTINGS.format(data=path, script=script, more=more))
     for name, text in (("nothing", "x = 3"), ("prose", "I would"), ("fails", "import nowhere"),
-                       ("text", TEXT)):  # fmt: skip
+                       ("text", TEXT), ("typo", TYPO)):  # fmt: skip
         (folder / f"{name}.py").write_text(f"{text}\n")
     (folder / "thesis").mkdir()
     for name in ("file", "thesis/chapter.tex"):
@@ -136,16 +130,17 @@ TABLE = {
     "a tuple that is none": ("--config.hidden_dims=256", "hidden_dims=256 must be of type tuple"),
     "a negative length": ("--config.offline_steps=-10", "offline_steps=-10 must be at least 0"),
     "no full length": ("--config.full_length=0", "full_length=0 must be at least 1"),
-    "a text for a truth": ("--config={folder}/text.py", "must be of type bool"),
-    "no settings in the file": ("--config={folder}/nothing.py", "fails: KeyError"),
+    "a text for a truth": ("--config={folder}/text.py", "loosen_bound=yes must be a bool"),
+    "a field misspelt in a file": ("--config={folder}/typo.py", "has a field 'n_ende' that ssar_"),
+    "no settings in the file": ("--config={folder}/nothing.py", "loaded: KeyError"),
     "no Python in the file": ("--config={folder}/prose.py", "loaded: SyntaxError"),
     "a file that fails": ("--config={folder}/fails.py", "loaded: ModuleNotFoundError: No module"),
     "no settings file": ("--config=configs/none.py", "none.py cannot be loaded"),
-    "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "lacks expl_noise, expl"),
+    "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "a field 'backup_entropy'"),
     "no such task": (f"--config={ROOT}/configs/ssar_td3bc.py:hoper", "unknown task 'hoper'"),
     "a path as a task": ("--config={folder}/sly.py", "task=../x must be letters, digits"),
     "the task as a field": (field(task="x"), "did you mean --config=<file>:<task>?"),
-    "a float for an int": (field(offline_steps="1e4"), "offline_steps=1e4 must be of type int"),
+    "a float for an int": (field(offline_steps="1.5"), "offline_steps=1.5 must be of type int"),
     "no truth value": (field(loosen_bound="no"), "loosen_bound=no must be of type bool"),
     "no number": (field(batch_size="many"), "batch_size=many must be of type int"),
     "a typing error": (field(nseeds=2), "no field 'nseeds': did you mean seed or num_seeds?"),
@@ -154,29 +149,28 @@ TABLE = {
     "a field as a flag": ("--seed=3", "unknown flag --seed=3: a setting is --config.seed=<value>"),
     "a word": ("hopper-medium-v2", "unknown flag hopper-medium-v2: a setting is"),
     "a flag without a value": ("--workdir", "expected one argument"),
-    "widths of halves": (field(hidden_dims="(1.5,2)"), "hidden_dims=(1.5, 2) must be layer widths"),
+    "an empty folder name": ("--workdir=", "the path '' names no folder: give a full one"),
+    "an empty file name": ("--config=", "the settings  cannot be loaded"),
+    "nobody's home": ("--workdir=~nobody_here/x", "the path '~nobody_here/x' names no folder"),
+    "widths of halves": (field(hidden_dims="(1.5,2)"), "hidden_dims=(1.5, 2) must be whole"),
     # --- several processes ---
-    "no cluster": ("--distributed=two", "--distributed=two cannot be read: give auto, or"),
-    "no such process": ("--distributed=localhost:9,2,2", "localhost:9,2,2 cannot be read: give"),
-    "seeds that cannot be shared": (
-        "--distributed=localhost:9,2,0", "2 processes cannot share 1 seeds evenly"
-    ),
+    "no cluster": ("--distributed=two", "--distributed=two cannot be used (not enough values"),
     "several processes from a checkpoint": (
         ["--distributed=localhost:9,2,0", GO_ON + "finished"], "is for new runs: resume from each"
     ),
     # --- run folders ---
     "a file for a folder": (RUN + "file", "file is a file: choose another folder"),
     "somebody's files": (RUN + "thesis", "thesis holds files that are no run: choose another"),
-    "not to be written": ("--workdir=/proc/x", "/proc/x cannot be written (No such file"),
+    "not to be written": ("--workdir=/proc/x", "/proc/x cannot be made (No such file"),
     "another run's": (
         [RUN + "unfinished", *field(seed=3)],
-        "is an unfinished run with other settings than seed=3 (there 0): give those to resume it",
+        "holds a run with other settings than seed=3 (there 0): give those, choose another",
     ),
     "the other script's unfinished run": (
         ("ssar_cql", [RUN + "unfinished"]),
-        "is an unfinished run of another script, with expl_noise",
+        "holds a run of another script, with expl_noise",
     ),
-    "a run without settings": (RUN + "unnamed", "is a run without config.json: choose another"),
+    "a run without settings": (RUN + "unnamed", "unnamed is not a run folder ("),
     # --- offline checkpoints ---
     "no run to continue": ([GO_ON + "none", *ONLINE], "none is not a run folder ("),
     "nothing to do": (GO_ON + "finished", "online_steps=0 leaves nothing to do: give"),
@@ -250,20 +244,29 @@ def test_too_little_memory_is_one_sentence(error, command, monkeypatch):
     assert status == 1 and err.startswith("ssar_cql: out of memory (") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("full", ["stdout", "stderr"])
-def test_what_is_printed_may_have_no_room(full, folder):
-    """In a process of its own: one sentence on the other stream."""
-    command = [sys.executable, ROOT / "ssar_td3bc.py", f"--config={folder}/ssar_td3bc.py"]
+OUTPUTS = {
+    "a full disk": "{command} >/dev/full 2>&1",
+    "no output": "{command} >&- 2>&-",
+    "a reader that leaves": "{command} | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}",
+    "a reader of ASCII": "PYTHONIOENCODING=ascii {command}",
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_output_never_decides_about_the_run(output, folder):
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     env.pop("PYTHONUNBUFFERED", None)
-    with open("/dev/full", "w") as nowhere:
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {full: nowhere}
-        command.append(f"--workdir={folder}/full_{full}")
-        done = subprocess.run(command, **streams, env=env, text=True)
-    said = (done.stdout or "") + (done.stderr or "")
-    assert done.returncode == 1 and "Traceback" not in said
-    words = "ssar_td3bc: the output cannot be written (No space left on device): free space"
-    assert said.splitlines()[-1].startswith(words)
+    workdir = folder / f"β_{output.replace(' ', '_')}"
+    command = f"{sys.executable} {ROOT}/ssar_td3bc.py --config={folder}/ssar_td3bc.py --workdir="
+    line = OUTPUTS[output].format(command=f"{command}{workdir}")
+    done = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and (workdir / "results.json").exists(), done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_an_error_without_output_has_its_status(folder):
+    command = f"{sys.executable} {ROOT}/ssar_td3bc.py --workdir={folder}/file >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command]).returncode == 1
 
 
 def test_a_variant_without_settings_is_told_which_file_it_lacks():

@@ -5,33 +5,27 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TESTS
 
-ROOT = os.path.dirname(TESTS)
+ROOT = Path(__file__).parents[2]
+# The update alone, the stub of common/, and the call of main
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/copying.md").read_text(), re.DOTALL)
 SHORT = {"offline_steps": 200, "eval_interval": 100, "iql_steps": 100, "update_period": 100}
 SHORT |= {"hidden_dims": (16, 16), "coefficient_hidden_dims": (16, 16), "num_seeds": 2}
-
-
-@pytest.fixture(scope="module")
-def snippets():
-    """The update alone, the stub of common/, and the call of main."""
-    with open(os.path.join(ROOT, "docs", "copying.md")) as file:
-        return re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with the scripts, their settings and some data, but without common/."""
-    shutil.copytree(os.path.join(ROOT, "configs"), tmp_path / "configs")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for script in ("ssar_td3bc", "ssar_cql"):
-        shutil.copy(os.path.join(ROOT, f"{script}.py"), tmp_path)
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)
-    obs, action, reward, next_obs = (normal(500, *shape) for shape in ((3,), (2,), (), (3,)))
-    action = action.clip(-1, 1)
+    normal = lambda *shape: rng.standard_normal((500, *shape), np.float32)
+    obs, action, reward, next_obs = normal(3), normal(2).clip(-1, 1), normal(), normal(3)
     ends = np.arange(500) % 50 == 49
     np.savez(
         tmp_path / "data.npz", observations=obs, actions=action, rewards=reward,
@@ -53,19 +47,18 @@ def python(folder, code):
     return done.stdout
 
 
-def test_update_step_trains_on_arrays(folder, snippets):
-    code = snippets[0].replace("20_000", "10")
-    assert len([line for line in snippets[0].splitlines() if line]) <= 20
-    out = python(folder, f"{code}\nprint(int(state.step), float(metrics['actor_loss']))")
-    step, loss = out.split()
+def test_update_step_trains_on_arrays(folder):
+    assert len([line for line in SNIPPETS[0].splitlines() if line]) <= 20
+    code = SNIPPETS[0].replace("20_000", "10") + "print(state.step, metrics['actor_loss'])"
+    step, loss = python(folder, code).split()
     assert step == "10" and np.isfinite(float(loss))
 
 
 @pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
-def test_main_runs_with_the_stub(folder, snippets, script):
-    assert len([line for line in snippets[1].splitlines() if line]) <= 30
-    (folder / "common.py").write_text(snippets[1])
-    code = snippets[2].replace("ssar_td3bc", script).replace('"none"', '"iql"')
+def test_main_runs_with_the_stub(folder, script):
+    assert len([line for line in SNIPPETS[1].splitlines() if line]) <= 30
+    (folder / "common.py").write_text(SNIPPETS[1])
+    code = SNIPPETS[2].replace("ssar_td3bc", script).replace('"none"', '"iql"')
     out = python(folder, code.replace("main(config)", f"config.update({SHORT})\nmain(config)"))
     assert re.findall(r"update (\d+) distance", out) == ["100", "200"]
     with np.load(folder / "checkpoint.npz") as saved:
@@ -73,9 +66,7 @@ def test_main_runs_with_the_stub(folder, snippets, script):
 
 
 def test_the_readme_links_to_definitions():
-    with open(os.path.join(ROOT, "README.md")) as file:
-        links = re.findall(r"\((ssar_\w+\.py)#L(\d+)\)", file.read())
+    links = re.findall(r"\((ssar_\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
     assert len(links) >= 16
     for script, line in links:
-        with open(os.path.join(ROOT, script)) as file:
-            assert file.read().splitlines()[int(line) - 1].startswith("def ")
+        assert (ROOT / script).read_text().splitlines()[int(line) - 1].startswith("def ")

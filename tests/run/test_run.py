@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from comparing import assert_same, assert_same_state, rows_of
 from tensorboardX.proto.event_pb2 import Event
 from toy_script import Buffer, main, toy_config
 
-from common.run import checkpoint, folder, stopping
+from common.run import checkpoint, cli, folder, stopping
 from common.run.checkpoint import load_checkpoint
 from common.run.errors import Diverged, InputError, Stopped
 from common.run.folder import Run, close_run
@@ -101,11 +102,10 @@ def test_the_folder_holds_what_was_measured(whole):
     np.testing.assert_array_equal(results["last"], scores[5])
     np.testing.assert_array_equal(results["best"], scores[4:].max(axis=0))
     np.testing.assert_array_equal(results["mean_last_10"], scores[4:].mean(axis=0))
-    assert results["train_regret"] == [None, 0.5]
     timing = json.loads((whole / "timing.json").read_text())
-    for key in ("updates_per_second", "env_steps_per_second", "compile_seconds", "wall_seconds"):
+    for key in ("updates_per_second", "env_steps_per_second", "wall_seconds"):
         assert timing[key] > 0
-    assert timing["compile_seconds"] < timing["wall_seconds"]
+    assert 0 <= timing["compile_seconds"] < timing["wall_seconds"]
     assert json.loads((whole / "config.json").read_text())["updates_per_call"] == 4
     assert (whole / "learning_curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
@@ -135,7 +135,7 @@ def test_tensorboard_uses_the_authors_tags(whole):
     rows = rows_of(whole)
     assert tags[12, "beta_weight"] == pytest.approx(float(rows[1]["margin"]), rel=1e-5)
     assert tags[24, "online_beta_weight"] == pytest.approx(float(rows[-1]["margin"]), rel=1e-5)
-    names = "n_away offline_eval_return online_eval_return train_regret episode_return is_success"
+    names = "n_away offline_eval_return online_eval_return episode_return is_success"
     assert set(names.split()) <= {tag for _, tag in tags}
 
 
@@ -162,7 +162,7 @@ MOMENTS = {
     "online": (toy_script, "store", 17),
     "before the results": (Run, "_timing", 1),
     "after the results": (folder, "print_table", 1),
-    "after the results, as checkpoints are removed": (shutil, "rmtree", 2),
+    "as checkpoints are removed": (shutil, "rmtree", 2),
 }
 
 
@@ -246,9 +246,11 @@ def test_a_call_of_main_that_raises_leaves_nothing_open(whole, tmp_path):
 def test_an_earlier_run_is_set_aside(tmp_path, capsys):
     workdir = tmp_path / "run"
     for seed in (0, 5, 6):
-        main(toy_config(seed=seed), str(workdir))
+        main(toy_config(seed=seed), str(workdir), resume=False)
     seeds = [rows_of(f"{workdir}{end}")[0]["seed"] for end in (".1", ".2", "")]
     assert seeds == ["0", "5", "6"]
+    with pytest.raises(InputError, match=r"holds a run with other settings than seed=0 \(there 6"):
+        main(toy_config(), str(workdir))
     assert f"the earlier run in {workdir} is now {workdir}.2" in capsys.readouterr().err
     assert (tmp_path / "run.1" / "results.json").exists()
 
@@ -270,7 +272,7 @@ def test_another_run_in_the_folder_is_refused_and_kept(tmp_path, monkeypatch):
         main(toy_config(seed=3), str(workdir))
     with monkeypatch.context() as patch:
         patch.setattr(toy_script.Scores, "fingerprint", "1" * 16)
-        with pytest.raises(InputError, match="had other data: restore them"):
+        with pytest.raises(InputError, match="had other data or another offline run: restore"):
             main(toy_config(), str(workdir))
     with monkeypatch.context() as patch:
         wider = lambda config: toy_script.State(*(jnp.zeros((2, 9)),) * 6)
@@ -376,14 +378,13 @@ def test_divergence_stops_at_once_and_keeps_the_last_checkpoint(tmp_path, monkey
     words += (
         f"--config.critic_lr.*; the last finite checkpoint, offline step 12, stays in {workdir}"
     )
-    with pytest.raises(Diverged, match=words) as error:
+    with pytest.raises(Diverged, match=words):
         main(toy_config(), str(workdir))
-    assert (workdir / "diverged.txt").read_text() == f"{error.value}\n"
     assert "offline-12.msgpack" in os.listdir(workdir / "unfinished")
     assert len(rows_of(workdir)) == 2
     monkeypatch.undo()
     main(toy_config(), str(workdir))  # with the cause removed
-    assert not (workdir / "diverged.txt").exists()
+    assert (workdir / "results.json").exists()
 
 
 @pytest.mark.parametrize("phase", ["iql", "offline", "online"])
@@ -421,17 +422,11 @@ def test_without_room_a_run_ends_and_resumes(size, whole, tmp_path, monkeypatch)
     """At its settings, a checkpoint, tensorboard's file and the picture."""
     monkeypatch.setattr("threading.excepthook", lambda failure: None)  # as cli does
     workdir = tmp_path / "run"
-    with largest_file(size), pytest.raises(InputError) as error:
+    with largest_file(size), pytest.raises(OSError, match="File too large") as error:
         main(toy_config(**ONLINE), str(workdir))
-    message = str(error.value)
-    assert str(workdir) in message and "cannot be written (File too large): free space" in message
+    assert error.value.errno in cli.NO_ROOM  # which the command line puts into a sentence
     main(toy_config(**ONLINE), str(workdir))
     assert_same(whole, workdir)
-
-
-def test_a_folder_that_cannot_be_made_is_one_sentence():
-    with pytest.raises(InputError, match="/proc/nowhere.* cannot be written .*: free space or fix"):
-        main(toy_config(), "/proc/nowhere")
 
 
 # -------------------------------------------------------------------------- from an offline run
@@ -446,6 +441,23 @@ def test_an_offline_run_continues_online(whole, tmp_path):
         main(config, str(tmp_path / name))
         assert rows_of(tmp_path / name) == rows_of(whole)[6:]
         assert_same_state(whole, tmp_path / name)
+
+
+def test_a_run_that_continued_another_one_resumes_from_that_one_only(tmp_path):
+    """Whatever lies in the folder of the offline run by then."""
+    offline, online = tmp_path / "offline", tmp_path / "online"
+    main(toy_config(), str(offline))
+    config = toy_config(offline_checkpoint=str(offline), **ONLINE)
+    kill(config, online, toy_script, "store", 17)
+    os.rename(offline, tmp_path / "moved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_script.Scores, "normalizer", SimpleNamespace(mean=1.0, std=2.0))
+        main(toy_config(), str(offline))
+    with pytest.raises(InputError, match="had other data or another offline run: restore them"):
+        main(config, str(online))
+    shutil.rmtree(offline)
+    os.rename(tmp_path / "moved", offline)
+    main(config, str(online))
 
 
 def test_what_cannot_continue_online_is_refused(whole, tmp_path, monkeypatch):

@@ -2,16 +2,19 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import ml_collections
 import pytest
-from toys import tiny_config
+from toys import tiny_config, toy_columns, write_hdf5
 
 from common.data import d4rl
 from common.run.cli import ROOT, load_config
 from common.run.errors import InputError
-from common.run.settings import check_settings, prepare, scale_settings
+from common.run.settings import check_settings, default_folder, prepare, scale_settings
 from common.run.workdir import as_json
 from configs import ssar_cql, ssar_td3bc
 
@@ -122,7 +125,7 @@ IMPOSSIBLE = [
     ("checkpoint_minutes", INF, "must be at most 1e+30"),
     ("reward_scale", INF, "must be at most 1e+30"),
     ("return_threshold", NAN, "must be at least -1e+30"),
-    ("hidden_dims", (), "must be layer widths, such as (256,256)"),
+    ("hidden_dims", (), "must be whole numbers of at least 1, such as"),
     ("n_start", 4.0, "must be at most --config.n_end=3.0"),
     ("seed", -1, "must be at least 0"),
     ("return_threshold", None, "selection=return needs a --config.return_threshold"),
@@ -131,7 +134,7 @@ IMPOSSIBLE = [
     ("dataset", None, "needs a --config.dataset"),
     ("cql: num_sampled_actions", 0, "must be at least 1"),
     ("cql: cql_temperature", 0.0, "must be at least 1e-06"),
-    ("cql: critic_layers", (3,), "must be the numbers of hidden layers of two critics"),
+    ("cql: critic_layers", (3,), "must have a number of layers for each critic"),
     ("cql: clip_diff_min", NAN, "must be at least -inf"),
     ("cql: hidden_dims", (400, 300), "must be equal widths"),
     ("cql: coefficient_init", -1.0, "coefficient_init=-1.0 (cql_alpha) must be at least 0"),
@@ -165,6 +168,71 @@ def test_settings_that_depend_on_others():
 
 
 # --------------------------------------------------------------------------- what is worked out
+
+
+@pytest.mark.parametrize("text", ["20000", "20_000", "2e4", "20000.0"])
+def test_whole_numbers_may_be_written_as_people_write_them(text):
+    config = load_config("ssar_td3bc", None, [f"--config.batch_size={text}"])
+    assert config.batch_size == 20_000
+
+
+def test_a_settings_file_may_name_a_few_fields(tmp_path):
+    """The others are the paper's, as in task custom."""
+    (tmp_path / "my.py").write_text("def get_config(): return {'n_end': 2, 'dataset': 'a.hdf5'}")
+    config = load_config("ssar_cql", f"{tmp_path}/my.py", ["--config.cql_alpha=5.0"])
+    expected = ssar_cql.get_config("custom")
+    expected.update(n_end=2.0, dataset="a.hdf5", coefficient_init=5.0)
+    assert config.to_dict() == expected.to_dict()
+
+
+def test_the_folder_is_named_after_what_is_given():
+    config = ssar_td3bc.get_config("demo")
+    folder = lambda **given: default_folder(
+        "x", config, [f"--config.{k}={given[k]}" for k in given]
+    )
+    assert folder() == folder(seed=3, cache_dir="/x") == "runs/x/demo/0"
+    assert folder(n_end=5.0, coefficient="fixed") == "runs/x/demo-coefficient=fixed-n_end=5.0/0"
+    assert folder(dataset="d4rl:../my data.hdf5") == "runs/x/demo-dataset=d4rl_.._my_data.hdf5/0"
+    config.offline_checkpoint = "/runs/x/demo/0"
+    assert folder(offline_checkpoint="0", online_steps=9) == "/runs/x/demo/0-online_steps=9"
+    assert default_folder("x", config) == "/runs/x/demo/0-online"
+
+
+def test_paths_are_complete_and_files_are_found_from_anywhere(tmp_path, monkeypatch):
+    """In a folder whose name has a meaning for patterns, URLs and formats."""
+    folder = tmp_path / "a [b] {c} #1 ?d=%20 β"
+    folder.mkdir()
+    (folder / "my.hdf5").write_text("")
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder)
+    (folder / "0").mkdir()
+    (folder / "0" / "config.json").write_text(json.dumps(as_json(tiny_config().to_dict())))
+    config = tiny_config(offline_checkpoint="0", online_steps=40, cache_dir="~/x")
+    config.dataset = "d4rl:my.hdf5"
+    config, workdir = prepare(config, "~/run", "my_script")
+    assert (config.dataset_path, workdir) == (f"{folder}/my.hdf5", f"{folder}/run")
+    assert (config.offline_checkpoint, config.cache_dir) == (f"{folder}/0", f"{folder}/x")
+
+
+STRICT = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+STRICT |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_TRANSFER_GUARD": "disallow"}
+
+
+def test_strict_modes_of_jax_that_the_shell_sets_do_no_harm(tmp_path):
+    data, env = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(120)), os.environ | STRICT
+    settings = f"from toys import *; get_config = lambda: tiny_config({data!r}, 'ssar_cql', "
+    (tmp_path / "my.py").write_text(f"{settings}offline_steps=20, online_steps=20)")
+    command = [sys.executable, f"{ROOT}/ssar_cql.py", f"--config={tmp_path}/my.py"]
+    command.append(f"--workdir={tmp_path}/run")
+    subprocess.run(command, env=env | {"PYTHONPATH": f"{ROOT}/tests"}, check=True)
+
+
+def test_a_platform_that_is_not_there_is_named():
+    command = [sys.executable, f"{ROOT}/ssar_td3bc.py"]
+    env = os.environ | {"JAX_PLATFORMS": "cuda"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "JAX finds no device of JAX_PLATFORMS=cuda: unset JAX_PLATFORMS" in done.stderr
 
 
 def test_prepare_fits_the_size_of_a_call_and_freezes(tmp_path, monkeypatch):

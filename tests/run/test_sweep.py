@@ -32,8 +32,12 @@ def main(config, workdir, resume):
     time.sleep(config.checkpoint_minutes)
     if not config.discount:
         raise InputError("no such discount")
-    values = [float(config.seed + i) for i in range(config.num_seeds)]
-    results = dict.fromkeys(("behaviour", "last", "mean_last_10", "best"), values)
+    seeds = [config.seed + i for i in range(config.num_seeds)]
+    with open(f"{workdir}/scores.csv", "w") as file:
+        for row in ("phase,step,seed,score,n", *(f"offline,9,{x},{x},1" for x in seeds)):
+            print(row, file=file)
+    results = {"algorithm": NAME, "behaviour": [0.0] * len(seeds)}
+    results["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     for name, content in ("config", config.to_dict()), ("results", results):
         json.dump(content, open(f"{workdir}/{name}.json", "w"))
 
@@ -99,20 +103,31 @@ def test_finished_runs_are_skipped_and_the_table_grows(project, tmp_path):
     runs = {f"ssar_td3bc/{task}/0": 1 for task in TASKS[1:]}
     assert starts(folder) == runs
     rows = csv.DictReader((folder / "table.csv").open())
-    found = [(x["task"], x["seeds"], x["last_mean"]) for x in rows]
-    assert found == [(task, "2", "0.5") for task in TASKS[1:]]
-    assert re.search(r"hopper-medium-v2 +2 +0.5 ± 0.7", done.stdout)
+    found = [(x["task"], x["seeds"], x["last"], x["last_low"], x["last_high"]) for x in rows]
+    assert found == [(task, "2", "0.5", "0.0", "1.0") for task in TASKS[1:]]
+    assert all((folder / f"{task}.png").stat().st_size for task in TASKS[1:])
 
     variant = ("--algorithms", "ssar_td3bc", "my_variant", "--tasks", *2 * ["hopper-medium-v2"])
     done = sweep(project, folder, *variant, "--seeds=4", two, *short)
     assert "4 runs, 1 of them finished" in done.stdout  # though the task is named twice
     new = ("ssar_td3bc/hopper-medium-v2/2", *(f"my_variant/hopper-medium-v2/{i}" for i in (0, 2)))
     assert starts(folder) == runs | dict.fromkeys(new, 1)
-    assert re.search(r"ssar_td3bc +hopper-medium-v2 +4 +1.5 ± 1.3", done.stdout)
+    table = done.stdout.partition("hopper-medium-v2\n")[2].partition("walker2d")[0]
+    assert re.search(r"my_variant +4 +1.5 \[ .*\nssar_td3bc +4 +1.5 \[ ", table)
 
     done = sweep(project, folder, *TASKS, "--seeds=2", *short, "--config.discount=0.9")
     assert done.returncode == 1
     assert "discount=0.9 (there 0.99), num_seeds=1 (there 2): choose another" in done.stderr
+
+
+@pytest.mark.parametrize("visible", ["GPU-8f3a, MIG-5c21", "3,5,7", ""])
+def test_each_run_gets_a_gpu_of_its_own_by_whatever_name(visible, project, tmp_path):
+    arguments = (*TASKS, "--seeds=1", "--parallel=2")
+    done = sweep(project, tmp_path, *arguments, CUDA_VISIBLE_DEVICES=visible)
+    assert done.returncode == 0, done.stderr
+    paths = [tmp_path / "ssar_td3bc" / task / "0" / "results.json" for task in TASKS[1:]]
+    given = [json.loads(path.read_text())["gpus"] for path in paths]
+    assert given == (visible.replace(" ", "").split(",") * 2)[:2]
 
 
 def test_a_run_that_fails_is_named_and_the_others_run(project, tmp_path):
@@ -137,11 +152,13 @@ def test_a_run_that_fails_is_named_and_the_others_run(project, tmp_path):
         ([*TASKS, "--seeds=3", "--seeds-per-run=2"], "must be a multiple of --seeds-per-run"),
         ([*TASKS, "--", "--config.discount=2.0"], "ssar_td3bc, hopper-medium-v2: --config.disc"),
         ([*TASKS, "--parallel=0"], "--parallel must be at least 1"),
+        ([*TASKS, "--parallel=2"], "each need more GPUs than CUDA_VISIBLE_DEVICES"),
         ([*TASKS, "--slurm", "gpu"], "such as partition=gpu, not gpu"),
         ([*TASKS, "--cluster=slurm"], "SLURM is not on this machine"),
     ],
 )
-def test_mistakes_are_named_before_anything_starts(arguments, words, tmp_path, capsys):
+def test_mistakes_are_named_before_anything_starts(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3a")
     with pytest.raises(SystemExit) as end:
         main([str(tmp_path / "sweep"), *arguments])
     assert words in f"{end.value} {capsys.readouterr().err}"
@@ -158,7 +175,7 @@ def test_slurm_gets_one_array_and_what_is_queued_is_not_submitted_again(project,
         (tools / name).chmod(0o755)
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "QUEUE": f"{queue}", "LOGS": f"{folder}/jobs"}
     arguments = [*TASKS, "--seeds=1", "--cluster=slurm", "--hours=2", "--gpus=1", "--parallel=2"]
-    arguments += ["--slurm", "partition=gpu", "account=rl", "--", "--config.checkpoint_minutes=4"]
+    arguments += ["--slurm", "partition=gpu", "account=rl", "--", "--config.checkpoint_minutes=9"]
     command = command_of(project, folder, *arguments)
     first = subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, text=True)
     while first.poll() is None and not starts(folder):

@@ -106,7 +106,7 @@ def test_the_folder_tells_what_happened(whole):
     np.testing.assert_array_equal(scores[3], scores[2])  # at the switch nothing has changed
     np.testing.assert_array_equal(results["last"], scores[-1])
     success = np.array([float(row["success_rate"]) for row in rows]).reshape(6, 2)
-    np.testing.assert_allclose(results["eval_regret"], 1 - success[3:].mean(axis=0))
+    np.testing.assert_array_equal(results["success_rate"], success[-1])
     assert all(float(row["anneal"]) == 1 for row in rows[:6])
     assert 0 < float(rows[-1]["anneal"]) < float(rows[8]["anneal"]) < 1
     assert json.loads((whole.workdir / "results.json").read_text()) == results
@@ -117,8 +117,6 @@ def test_the_folder_tells_what_happened(whole):
         ends = np.cumsum([int(x["length"]) for x in episodes])
         np.testing.assert_array_equal(ends, [int(x["step"]) for x in episodes])
         assert 40 - 7 <= ends[-1] <= 40  # no episode is longer than 7
-        won = np.mean([float(x["success"]) for x in episodes])
-        assert results["train_regret"][int(seed)] == pytest.approx(1 - won)
 
 
 def test_the_checkpoint_plays_as_the_run_did(whole, data):
@@ -179,7 +177,7 @@ def test_a_killed_run_ends_as_the_same_command_without_a_kill(whole, data, tmp_p
     assert_same(tmp_path / "whole", tmp_path / "run")
     assert rows_of(tmp_path / "run") == rows_of(whole.workdir)[:6]
     assert_same_state(tmp_path / "run", whole.workdir, ("checkpoint", "offline_checkpoint"))
-    assert results["before_online"] is None
+    assert "before_online" not in results
 
 
 def test_online_no_row_is_lost_or_doubled(whole, data, tmp_path):
@@ -287,7 +285,6 @@ def test_a_run_that_diverges_keeps_what_it_had(tmp_path):
     if done := (first - 1) // 20 * 20:
         assert f"the last finite checkpoint, offline step {done}, stays in" in found[1]
     assert len(rows_of(tmp_path / "run")) == 2 * ((first - 1) // 20)
-    assert (tmp_path / "run" / "diverged.txt").read_text() == f"{found[1]}\n"
 
 
 def test_online_divergence_is_named_by_the_command_line(data, tmp_path):
@@ -308,7 +305,7 @@ CASES = {
         [-60, -50, -30, -35, -20, -12, -18, -10, -14, -8, -8, -12, -12, -10, -14, -9],
         {"online_steps": 80, "warmup_steps": 1, "decay_steps": 1, "coefficient_init": 1.0}, [],
     ),
-    "collapse": ([-10] * 8 + [-60] * 3, {}, ["collapse while n grows (seed 0)"]),
+    "collapse": ([-10] * 7 + [-60] * 4, {}, ["collapse while n grows (seed 0)"]),
     "thin": (
         [-90] * 11, {"return_threshold": -3.0}, ["near-zero score with a thin sub-dataset (seed 0)"]
     ),
