@@ -70,7 +70,7 @@ def run(main, name: str) -> None:
         workdir = absolute(workdir if options.workdir is None else options.workdir)
         warnings.filterwarnings("ignore", ".*persistent compilation cache")  # compiles again
         if not jax.config.jax_compilation_cache_dir:
-            folder = os.path.join(absolute(config.cache_dir), "compiled")
+            folder = os.path.join(absolute(config.cache_dir, "--config.cache_dir"), "compiled")
             jax.config.update("jax_compilation_cache_dir", folder)
         if options.distributed:
             join_hosts(options.distributed, config)

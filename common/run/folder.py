@@ -11,9 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.run import checkpoint, diagnosis
+from common.run.clock import Clock
 from common.run.errors import Diverged, InputError
 from common.run.records import Records, print_table
-from common.run.settings import needs_iql
+from common.run.settings import planned_phases
 from common.run.stopping import is_told, stop_if_told
 from common.run.workdir import as_json, lock_folder, set_aside, write_json
 
@@ -63,8 +64,8 @@ class Run:
         self._script, self._config, self._dataset = script, config, dataset
         self._unfinished = os.path.join(workdir, "unfinished")
         self._sums, self._pending, self._size = {}, [], 1
-        self._calls, self._warned, self._saved = {}, set(), None  # calls: {phase: seconds of each}
-        self._began = self._saved_at = time.perf_counter()
+        self._warned, self._saved, self._clock, self._earlier = set(), None, Clock(), 0.0
+        self._saved_at = time.perf_counter()
         self._bar, self._held = tqdm(disable=True), contextlib.ExitStack()
         self._origin = checkpoint.origin(config, dataset)
         _open.append(self)
@@ -86,15 +87,14 @@ class Run:
             self._records.evaluations = newest["evaluations"]
             self._records.episodes = newest["episodes"]
             self._records.write()
-            self._began -= newest["seconds"]
+            self._earlier = newest["seconds"]
             self._saved = f"{newest['phase']} step {newest['step']}"
             print(f"resumes {workdir} after {self._saved}", flush=True)
 
     def resume(self, phase: str, tree, total: int):
         """Begins a phase; returns `tree` as this run last saved it in that phase, else as it is."""
         stop_if_told()
-        self._phase, self._total, self._calls[phase] = phase, total, []
-        self.step, self._sums = 0, {}
+        self._phase, self._total, self.step, self._sums = phase, total, 0, {}
         if saved := checkpoint.load_newest(self._unfinished, phase):
             what = f"the unfinished run in {self.workdir}"
             tree = checkpoint.from_dict(tree, saved["tree"], what)
@@ -109,23 +109,21 @@ class Run:
 
     def steps(self, until: int, size: int = 1):
         """Yields the number of steps done after each compiled call of `size`, up to `until`."""
-        self._size = size
+        self._size, calls, spent = size, self._clock.calls[self._phase], self._clock.spent
         while self.step + size <= until:
-            began = time.perf_counter()
+            began = time.perf_counter() - spent["writing"]
             self.step += size
             yield self.step
-            self._calls[self._phase].append(time.perf_counter() - began)
-            if len(self._calls[self._phase]) == 2:  # the first one compiles
-                self._announce(self._calls[self._phase][1] * (self._total - self.step) / size)
+            calls.append(time.perf_counter() - spent["writing"] - began)
+            if len(calls) == 2:  # the first one compiles
+                self._announce(calls[1] * (self._total - self.step) / size)
             self._bar.update(size)
 
     def _announce(self, seconds):
         """Says which part of the run has begun, and how long it takes."""
-        c, phase, total = self._config, self._phase, f"{self._total:,} {self._bar.unit}s"
-        is_offline = c.offline_steps and not c.offline_checkpoint
-        is_planned = {"iql": needs_iql(c), "offline": is_offline, "online": c.online_steps}
-        phases = [phase for phase in checkpoint.PHASES if is_planned[phase]]
-        text = f"{phases.index(phase) + 1} of {len(phases)}: {PURPOSE[phase]}, {total}"
+        phase, phases = self._phase, planned_phases(self._config)
+        text = f"{phases.index(phase) + 1} of {len(phases)}: {PURPOSE[phase]}, "
+        text += f"{self._total:,} {self._bar.unit}s"
         if phase != "online":  # whose first steps make no updates
             text += f", about {tqdm.format_interval(seconds)} here"
         tqdm.write(text, file=sys.stderr)
@@ -178,14 +176,16 @@ class Run:
         if not (ends or is_told() or 0 < seconds <= now - self._saved_at):
             return
         self._collect()
-        content = {"phase": self._phase, "step": step, "origin": self._origin}
-        content |= {"tree": checkpoint.to_dict(tree), "sums": self._sums}
-        self._check(diagnosis.broken_parts(content["tree"]), step)
-        content |= {key: getattr(self._records, key) for key in ("evaluations", "episodes")}
-        path = os.path.join(self._unfinished, f"{self._phase}-{step}.msgpack")
-        checkpoint.write(path, content | {"seconds": now - self._began})
-        for old in checkpoint.list_unfinished(self._unfinished, self._phase)[2:]:
-            os.remove(old)
+        with self._clock.measure("writing"):
+            content = {"phase": self._phase, "step": step, "origin": self._origin}
+            content |= {"tree": checkpoint.to_dict(tree), "sums": self._sums}
+            self._check(diagnosis.broken_parts(content["tree"]), step)
+            content |= {key: getattr(self._records, key) for key in ("evaluations", "episodes")}
+            content["seconds"] = self._earlier + now - self._clock.began
+            path = os.path.join(self._unfinished, f"{self._phase}-{step}.msgpack")
+            checkpoint.write(path, content)
+            for old in checkpoint.list_unfinished(self._unfinished, self._phase)[2:]:
+                os.remove(old)
         self._saved, self._saved_at = f"{self._phase} step {step}", time.perf_counter()
         stop_if_told()
 
@@ -197,7 +197,8 @@ class Run:
         self._collect()
         sums, self._sums = self._sums, {}
         self._bar.set_description(f"{self._phase} (evaluating)", refresh=sys.stderr.isatty())
-        episodes = play()
+        with self._clock.measure("evaluating"):
+            episodes = play()
         self._bar.set_description(self._phase, refresh=False)
         returns, scores = episodes.returns, self._dataset.score(episodes.returns)
         columns = {"score": scores.mean(1), "return_mean": returns.mean(1)}
@@ -207,7 +208,8 @@ class Run:
         for i, seed in enumerate(self._records.seeds):
             row = {"phase": self._phase, "step": step, "seed": seed, "episodes": returns.shape[1]}
             rows.append(row | {name: float(x[i]) for name, x in columns.items()})
-        self._records.write()
+        with self._clock.measure("writing"):
+            self._records.write()
         self._warn(diagnosis.warnings(self._config, self._dataset, self._records))
         shown = {"score": "score", "β": "beta_mean", "n": "n"}
         shown = {name: columns[x].mean() for name, x in shown.items() if x in columns}
@@ -235,7 +237,8 @@ class Run:
         results = {"algorithm": self._script, "task": config.task, "seeds": self._records.seeds}
         results |= self._records.results() | {"n_stopped_at": stops, "warnings": warnings}
         results = as_json(results | {"trusted_fraction": fractions})
-        timing, path = self._timing(), lambda name: os.path.join(self.workdir, name)
+        timing = self._clock.report(config, self._earlier)
+        path = lambda name: os.path.join(self.workdir, name)
         plot_run(path("learning_curve.png"), self._records, results, config)
         write_json(path("timing.json"), timing)
         write_json(path("results.json"), results)  # the run is finished from here on
@@ -245,23 +248,9 @@ class Run:
         close_run()
         print_table(results)
         speed = f"{timing['updates_per_second'] or 0:.0f} updates/s"
-        print(f"{speed}, {timing['wall_seconds']:.0f} s in all -> {self.workdir}", flush=True)
+        shares = ", ".join(f"{name} {x:.0%}" for name, x in timing["shares"].items())
+        print(f"{speed}; {timing['wall_seconds']:.0f} s in all: {shares}")
+        print(f"-> {self.workdir}", flush=True)
         self._warned.clear()
         self._warn(warnings)
         return results
-
-    def _timing(self):
-        """Medians over the compiled calls of this process; null for phases without any."""
-        config, calls = self._config, {phase: x for phase, x in self._calls.items() if x}
-        if "online" in calls:  # with an update, unlike those of the warm-up
-            calls["online"] = calls["online"][-(config.online_steps - config.warmup_steps) :]
-        median = {phase: float(np.median(x[1:] or x)) for phase, x in calls.items()}
-        offline = config.updates_per_call / median["offline"] if "offline" in median else None
-        online = 1 / median["online"] if "online" in median else None
-        return {
-            "updates_per_second": offline or online,
-            "online_updates_per_second": online,
-            "env_steps_per_second": online and online * config.num_seeds,
-            "compile_seconds": sum(max(x[0] - median[key], 0) for key, x in calls.items()),
-            "wall_seconds": time.perf_counter() - self._began,
-        }

@@ -90,9 +90,9 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
     file = (config.dataset or "").removeprefix("d4rl:")
     if not config.dataset_path and os.path.isfile(os.path.expanduser(file)):
         config.dataset_path = file
-    for path in PATHS:
-        if config[path]:
-            config[path] = absolute(config[path])
+    for field in PATHS:
+        if config[field]:
+            config[field] = absolute(config[field], f"--config.{field}")
     workdir = absolute(default_folder(name, config) if workdir is None else workdir)
     use_jax_defaults(config)
     iql_steps = config.iql_steps if needs_iql(config) else 0
@@ -125,6 +125,13 @@ def needs_iql(config) -> bool:
     """Whether IQL has to label the data."""
     adaptive = config.coefficient == "adaptive" and not config.offline_checkpoint
     return adaptive and config.selection == "iql"
+
+
+def planned_phases(config) -> list[str]:
+    """The parts of the run, in their order."""
+    is_offline = config.offline_steps and not config.offline_checkpoint
+    planned = {"iql": needs_iql(config), "offline": is_offline, "online": config.online_steps}
+    return [phase for phase in planned if planned[phase]]
 
 
 def divisors(number: int, factor: int) -> list[int]:

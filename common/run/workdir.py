@@ -31,17 +31,17 @@ def as_json(content):
     return json.loads(json.dumps(content), parse_constant=lambda _: None)
 
 
-def absolute(path: str) -> str:
+def absolute(path: str, flag: str = "--workdir") -> str:
     """The path in full, with `~` expanded. Raises InputError for one that names nothing."""
     full = os.path.expanduser(path)
     if not path or full.startswith("~"):
-        raise InputError(f"the path '{path}' names no folder: give a full one, or set HOME for ~")
+        raise InputError(f"{flag}={path} names no folder: give a full path, or set HOME for ~")
     return os.path.abspath(full)
 
 
 def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> dict:
     """The settings of the run in `workdir`. Raises InputError when it holds no run."""
-    path = os.path.join(absolute(workdir), "config.json")
+    path = os.path.join(absolute(workdir, flag), "config.json")
     try:
         with open(path) as file:
             return dict(json.load(file))

@@ -149,9 +149,9 @@ TABLE = {
     "a field as a flag": ("--seed=3", "unknown flag --seed=3: a setting is --config.seed=<value>"),
     "a word": ("hopper-medium-v2", "unknown flag hopper-medium-v2: a setting is"),
     "a flag without a value": ("--workdir", "expected one argument"),
-    "an empty folder name": ("--workdir=", "the path '' names no folder: give a full one"),
+    "an empty folder name": ("--workdir=", "--workdir= names no folder: give a full"),
     "an empty file name": ("--config=", "the settings  cannot be loaded"),
-    "nobody's home": ("--workdir=~nobody_here/x", "the path '~nobody_here/x' names no folder"),
+    "nobody's home": ("--workdir=~nobody_here/x", "~nobody_here/x names no folder: give"),
     "widths of halves": (field(hidden_dims="(1.5,2)"), "hidden_dims=(1.5, 2) must be whole"),
     # --- several processes ---
     "no cluster": ("--distributed=two", "--distributed=two cannot be used (not enough values"),

@@ -23,8 +23,9 @@ from toy_script import Buffer, main, toy_config
 
 from common.run import checkpoint, cli, folder, stopping
 from common.run.checkpoint import load_checkpoint
+from common.run.clock import Clock
 from common.run.errors import Diverged, InputError, Stopped
-from common.run.folder import Run, close_run
+from common.run.folder import close_run
 from common.run.records import Records
 
 ONLINE = {"online_steps": 24}
@@ -160,7 +161,7 @@ MOMENTS = {
     "between scores.csv and tensorboard": (Records, "_tags", 3),
     "at the switch": (toy_script, "save_checkpoint", 1),
     "online": (toy_script, "store", 17),
-    "before the results": (Run, "_timing", 1),
+    "before the results": (Clock, "report", 1),
     "after the results": (folder, "print_table", 1),
     "as checkpoints are removed": (shutil, "rmtree", 2),
 }
