@@ -4,43 +4,43 @@ CQL uses one constant to weigh Bellman backups against lowering the values of ac
 do not show. SSAR learns this weight per state: the coefficient β_φ(s), a network, falls where the
 data's actions are likely under the actor and rises where they are not. Only the trusted part D̂ of
 the data shapes it. It is the same β_φ as in TD3+BC: for π ∝ exp Q, CQL's regulariser
-log Σ exp Q - Q(s, a) is -log π(a|s)                                               (Prop. 3.1)
+log Σ exp Q - Q(s, a) is -log π(a|s).                                                    (Prop. 3.1)
+
+The margin, log π(a|s) - C_n(s), says how likely: C_n(s) is the log-density n standard deviations
+from the mean of π(s), the smaller of its two sides.
 
     D̂ ⊂ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
     every update, on a batch (s, a, r, s', d) of D, from the parameters before it:
         π: Adam on mean α log π(ã|s) - min_i Q_i(s, ã), ã ~ π(s)
         α: Adam on -log α (mean log π(ã|s) - |A|)
         y  = r + γ (1 - d) min_i Q_target_i(s', a'), a' ~ π(s')
-        Q_i: Adam on mean (Q_i(s, a) - y)² + mean β_φ(s) (log Σ_j exp Q_i(s, a_j) / p_j - Q_i(s, a))
+        Q_i: Adam on mean (Q_i(s, a) - y)² + mean β_φ(s) (log Σ_j exp(Q_i(s, a_j))/p_j - Q_i(s, a))
             over K uniform a_j, K from π(s') and K from π(s), each of density p_j;
             with loosen_bound, β_φ counts as 0 outside D̂
     then, with the new π:
-        margin = mean_dims (max(log π(a|s), C_10(s)) - C_n(s))                           (Eq. 6)
-        β_φ: Adam on mean margin · β_φ(s) over D̂                                     (Eq. 5, 9)
-        every T_inc updates: n = min(n + (n_end - n_start) / 10, n_end),
-            until the mean margin over D̂ is positive once; n never moves again       (Sec. 3.2)
+        margin = mean_dims (max(log π(a|s), C_10(s)) - C_n(s))                               (Eq. 6)
+        β_φ: Adam on mean 1[D̂] · margin · β_φ(s)                                          (Eq. 5, 9)
+        every T_inc updates, while n has not stopped: if the mean margin over D̂ is positive,
+            n stops for good, else n = min(n + (n_end - n_start) / 10, n_end)             (Sec. 3.2)
         targets: 0.005 new + 0.995 old
     online, after every environment step with a ~ π(s):
-        store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline
-        transitions (all of D | half a batch | the 50 best episodes | none) and stored ones,
-        with β_φ and n frozen and β_φ scaled by cos(min(N / N_end, 1) π / 2) in the N-th one
+        store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline and
+        stored transitions. φ and n are frozen; in online update N, β_φ is
+        multiplied by cos(min(N / N_end, 1) π / 2)
 
-C_n(s) is the log-density n standard deviations from the mean of π(s): the smaller of its two sides.
-
-    symbol  config field         authors' name  in        meaning
+    symbol  config field         authors' name  paper     meaning
     β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain CQL
-    β_init  coefficient_init     cql_alpha                near where β_φ starts, < 1.5 β_init
-    n       n_start, n_end       n_away         Eq. 6     distance from μ to C_n's action, in σ
-    T_inc   update_period        update_period  Sec. 3.2  updates between two tests of the threshold
+    β_init  coefficient_init     cql_alpha                β_φ starts near it, < 1.5 β_init
+    n       n_start, n_end       n_away         Eq. 6     C_n(s): log-density n σ from the mean
+    T_inc   update_period        update_period  Sec. 3.2  updates between two tests of n
     D̂       selection            trusts         Eq. 9     none (all of D) | return | success | iql
-    G_T     return_threshold     ref_return               return, in rewards after scale and bias
-            select_actions       select_actions Eq. 9     only D̂ shapes β_φ and the threshold
+    G_T     return_threshold     ref_return               return, after reward_scale and _bias
+            select_actions       select_actions Eq. 9     only D̂ shapes β_φ and n
             loosen_bound         loosen_bound             only D̂ is regularised
             expectile            iql_tau                  IQL's expectile, for selection = iql
     K       num_sampled_actions  cql_n_actions            actions drawn from each source
-    γ       discount
     N_end   decay_steps          decay_steps              online updates until β_φ has faded
-            buffer_init          load_way                 all | half | part | none
+            buffer_init          load_way                 all | half | part (best 50) | none
     Defaults and every other field: configs/ssar_cql.py.
 
     on AntMaze only, after cql_lagrange, cql_target_action_gap, cql_clip_diff_min and others:
@@ -52,16 +52,18 @@ C_n(s) is the log-density n standard deviations from the mean of π(s): the smal
 
 Where the paper and the authors' code differ, this file follows the code, which made the published
 numbers: log π and C_n are averaged over the action dimensions; the actions of C_n stay within
-±0.99999 and within 0.1 n of tanh(μ); C_10 is a floor for log π; D̂ masks the β_φ loss, but the mean
-is over the whole batch; single batches test the threshold; the annealing is a cosine.
-It deviates from that code in seven points: the margin is formed in units of σ before tanh, and the
-data's action stays within ±0.99999 there, so that rounding makes none of them NaN; a decay_steps
-that is not positive means no annealing; beta_min, beta_mean and beta_max leave out transitions that
-are not regularised; a task that ends in the very step at which its time runs out is terminal;
-stored transitions never overwrite offline ones; all of them are trusted; evaluation has its own
-environments.
+±0.99999 and within 0.1 n of tanh(μ); C_10 is a floor for log π; the annealing is a cosine;
+the β_φ loss is a mean over the whole batch, not over D̂; single batches test n.
+It deviates from that code in this:
+    - The margin is formed in units of σ before tanh, and the data's action stays within ±0.99999
+      there, so that rounding makes none of them NaN.
+    - A decay_steps of 0 or less means no annealing; fine-tuning restores n, whether it has
+      stopped, and the targets.
+    - beta_min, beta_mean and beta_max leave out transitions that are not regularised.
+    - A task that ends in the very step at which its time runs out is terminal.
+    - Stored transitions never overwrite offline ones, and all of them are trusted.
+    - Evaluation has its own environments.
 
-    python ssar_cql.py
     python ssar_cql.py --config=configs/ssar_cql.py:hopper-medium-v2 --config.num_seeds=5
 """
 
@@ -238,12 +240,12 @@ def init_critics(key, in_dim, widths, **options):
 
 def coefficient(params, obs, config):
     """β_φ(s): [B, O] -> [B], in (0, 1.5 β_init)."""
-    with jax.default_matmul_precision("float32"):  # TF32 would round its small steps away
+    with jax.default_matmul_precision("float32"):  # TF32 would lose its tiny steps
         return 1.5 * config.coefficient_init * nn.sigmoid(forward(params, obs)[..., 0])
 
 
 def init_coefficient(key, obs_dim, hidden_dims):
-    """β_φ's parameters: Xavier-uniform; biases 0, the last 0.6931, where 1.5 sigmoid is 1."""
+    """β_φ's parameters: Xavier-uniform; biases 0, the last ln 2: 1.5 sigmoid(ln 2) = 1."""
     kernel_inits = (nn.initializers.xavier_uniform(),) * (len(hidden_dims) + 1)
     params = init_mlp(key, obs_dim, (*hidden_dims, 1), kernel_inits=kernel_inits)
     params[f"Dense_{len(hidden_dims)}"]["bias"] += 0.6931
@@ -263,7 +265,7 @@ def descend(loss, params, optimizer, opt_state, *args):
 def episodes_of(rewards, ends):
     """First row, number of rows and undiscounted return of each episode: three arrays [episodes].
 
-    rewards: float [N]. ends: bool [N], true in the last row of each episode, so at the end.
+    rewards: float [N]. ends: bool [N], true in the last row of each episode and of all.
     """
     first = np.r_[0, np.flatnonzero(ends)[:-1] + 1]
     lengths = np.diff(np.r_[first, len(ends)])
@@ -571,8 +573,8 @@ def sample_noise(key, batch, config):
 def update_step(state, batch, noise, config, *, online=False):
     """One update: actor and α, critics and α', then β_φ and the threshold, then the targets.
 
-    online: whether β_φ and n are frozen and β_φ is annealed; static.
-    Returns the state and scalars.
+    online: whether β_φ and n are frozen and β_φ is annealed. It and config, a FrozenConfigDict, are
+    static. Returns the state and scalars.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     actor_adam, critic_adam, _ = optimizers(config)
@@ -645,7 +647,7 @@ def update_coefficient(state, batch, margin, config, online):
 
 def coefficient_metrics(beta, regularised, margin, mask, batch):
     """What β_φ and the threshold did in this batch; β_φ where the regulariser acts. Scalars."""
-    regularised = jnp.where(regularised.any(), regularised, 1) > 0  # none: show them all
+    regularised = jnp.where(regularised.any(), regularised, 1) > 0  # if there are none, show all
     return {
         "beta_min": beta.min(where=regularised, initial=jnp.inf),
         "beta_mean": beta.mean(where=regularised),
@@ -674,7 +676,7 @@ def modify_reward(reward, config):
 
 
 def update_keys(key, step):
-    """The two keys of update `step`, for its batch and its noise, however calls divide updates."""
+    """The two keys of update `step`, for its batch and its noise, in calls of any length."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 
@@ -702,7 +704,7 @@ def train_interval(state, data, config, num_updates=None):
         batch = take(data, indices)
         noise = sample_noise(key, batch, config)
         state, info = update_step(state, batch, noise, config)
-        names[:] = info  # while this is traced
+        names[:] = info  # noted while scan traces this
         return state, jnp.stack([*info.values()])  # one array: one kernel instead of ten
 
     state, metrics = jax.lax.scan(body, state, draws)
@@ -773,7 +775,7 @@ def select_trusted(rewards, ends, label, config):
     elif config.selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
     elif config.selection == "success":
-        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)  # of reward 0
+        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)  # raw: 0
     else:
         trusted = label()
     return np.broadcast_to(trusted, (config.num_seeds, len(rewards)))
@@ -842,7 +844,7 @@ def explore(actor_params, obs, key, step, config):
     return jnp.tanh(mean + jnp.exp(log_std) * noise)
 
 
-def online_step(state, buffer, data, config):
+def online_update(state, buffer, data, config):
     """One update on a batch of offline and stored transitions."""
     index_key, noise_key = update_keys(state.key, state.step + 1)
     batch = sample_batch(index_key, data, buffer, config)
@@ -858,7 +860,7 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
     """
     choose = seeds.vmap(partial(explore, config=config), in_axes=(0, 0, 0, None))
     add = seeds.vmap(store, donate=0)
-    learn = partial(online_step, config=config)
+    learn = partial(online_update, config=config)
     learn = seeds.vmap(learn, in_axes=(0, 0, DATA_AXES), donate=0)
     play = seeds.vmap(act)
     # Updates fold their number into the same keys: exploration folds one that they never reach.

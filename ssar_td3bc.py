@@ -4,52 +4,52 @@ TD3+BC uses one constant to weigh policy improvement against cloning the data. S
 weight per state: the coefficient β_φ(s), a network, falls where the data's actions are likely under
 the actor and rises where they are not. Only the trusted part D̂ of the data shapes it.
 
+The margin, log π(a|s) - C_n(s), says how likely: C_n(s) is the log-density n standard deviations
+from π(s). For a Gaussian of width σ around π(s) it is ((σn)² - (π(s) - a)²) / (2σ²) in each
+dimension. The code drops the factor and caps the square at 1: for σ = 0.1, a floor of C_10(s).
+
     D̂ ⊂ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
     every update, on a batch (s, a, r, s', d) of D:
-        a' = clip(π_target(s') + clip(noise, -c, c), -1, 1)
+        a' = clip(π_target(s') + clip(noise, ±noise_clip), ±1)
         y  = r + γ (1 - d) min_i Q_target_i(s', a')
         Q_i: Adam on mean (Q_i(s, a) - y)²
         every policy_freq updates:
-            margin = (σn)² - mean_dims min((π(s) - a)², 1), with the π of before its step (Eq. 6)
-            π: Adam on -mean Q_1(s, π(s)) / mean |Q_1| + mean β_φ(s) (π(s) - a)²
-            β_φ: Adam on mean margin · β_φ(s) over D̂                                  (Eq. 5, 9)
-            every T_inc updates: n = min(n + (n_end - n_start) / 10, n_end),
-                until the mean margin over D̂ is positive once; n never moves again    (Sec. 3.2)
+            margin = (σn)² - mean_dims min((π(s) - a)², 1), with π(s) from before its step   (Eq. 6)
+            π: Adam on -mean Q_1(s, π(s)) / mean |Q_1| + mean 1[D̂] · β_φ(s) (π(s) - a)²
+            β_φ: Adam on mean 1[D̂] · margin · β_φ(s)                                      (Eq. 5, 9)
+            every T_inc updates, while n has not stopped: if the mean margin over D̂ is positive,
+                n stops for good, else n = min(n + (n_end - n_start) / 10, n_end)         (Sec. 3.2)
             targets: 0.005 new + 0.995 old
     online, after every environment step:
-        store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline
-        transitions (all of D | half a batch | the 50 best episodes | none) and stored ones, with
-        new_policy_freq, β_φ and n frozen, and β_φ scaled by max(1 - N / N_end, 0) in the N-th one
+        store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline and
+        stored transitions, with new_policy_freq. φ and n are frozen; in online update N, β_φ is
+        multiplied by max(1 - N / N_end, 0)
 
-The margin is log π(a|s) - C_n(s), where C_n(s) is the log-density n standard deviations from π(s).
-For a Gaussian of width σ around π(s) it is ((σn)² - (π(s) - a)²) / (2σ²) in each dimension. The
-code drops the factor, and floors log π(a|s) at C_10(s), which for σ = 0.1 caps the square at 1.
-
-    symbol  config field      authors' name    in        meaning
-    β_φ     coefficient       ParaNet, beta    Eq. 5, 9  adaptive: a network; fixed: plain TD3+BC
-    β_init  coefficient_init  1 / alpha                  near where β_φ starts, < 1.5 β_init
-    n       n_start, n_end    n_away           Eq. 6     distance from π(s) to C_n's action, in σ
-    T_inc   update_period     update_period    Sec. 3.2  updates between two tests of the threshold
-    σ       expl_noise        expl_noise       Eq. 6     width of the Gaussian around π(s)
-    D̂       selection         trusts           Eq. 9     none (all of D) | return | success | iql
-    G_T     return_threshold  ref_return                 return, in rewards after scale and bias
-            select_actions    select_actions   Eq. 9     only D̂ shapes β_φ and the threshold
-            loosen_bound      loosen_bound               only D̂ is cloned
-            expectile         iql_tau                    IQL's expectile, for selection = iql
-    c, γ    noise_clip, discount                         TD3's
-    N_end   decay_steps       decay_steps                online updates until β_φ has faded
-            buffer_init       load_way                   all | half | part | none
+    symbol  config field         authors' name  paper     meaning
+    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain TD3+BC
+    β_init  coefficient_init     1 / alpha                β_φ starts near it, < 1.5 β_init
+    n       n_start, n_end       n_away         Eq. 6     C_n(s): log-density n σ from the mean
+    T_inc   update_period        update_period  Sec. 3.2  updates between two tests of n
+    σ       expl_noise           expl_noise     Eq. 6     of the margin; not exploration_noise
+    D̂       selection            trusts         Eq. 9     none (all of D) | return | success | iql
+    G_T     return_threshold     ref_return               return, after reward_scale and _bias
+            select_actions       select_actions Eq. 9     only D̂ shapes β_φ and n
+            loosen_bound         loosen_bound             only D̂ is cloned: 1[D̂] in π's loss
+            expectile            iql_tau                  IQL's expectile, for selection = iql
+    N_end   decay_steps          decay_steps              online updates until β_φ has faded
+            buffer_init          load_way                 all | half | part (best 50) | none
     Defaults and every other field: configs/ssar_td3bc.py.
 
 Where the paper and the authors' code differ, this file follows the code, which made the published
-numbers: β_φ multiplies the cloning term, and the Q term is divided by its own mean size alone;
-D̂ masks the β_φ loss, but the mean is over the whole batch; single batches test the threshold.
-It deviates from that code in six points: the annealing stops at 0; beta_min, beta_mean and beta_max
-leave out transitions that are not cloned; a task that ends in the very step at which its time runs
-out is terminal; stored transitions never overwrite offline ones; all of them are trusted;
-evaluation has its own environments.
+numbers: β_φ multiplies the cloning term (the paper: α multiplies Q), and the Q term is divided by
+its own mean size; the β_φ loss is a mean over the whole batch, not over D̂; single batches test n.
+It deviates from that code in this:
+    - Annealing stops at 0; fine-tuning restores n, whether it has stopped, and the targets.
+    - beta_min, beta_mean and beta_max leave out transitions that are not cloned.
+    - A task that ends in the very step at which its time runs out is terminal.
+    - Stored transitions never overwrite offline ones, and all of them are trusted.
+    - Evaluation has its own environments.
 
-    python ssar_td3bc.py
     python ssar_td3bc.py --config=configs/ssar_td3bc.py:hopper-medium-v2 --config.num_seeds=5
 """
 
@@ -173,12 +173,12 @@ def init_critics(key, in_dim, widths, **options):
 
 def coefficient(params, obs, config):
     """β_φ(s): [B, O] -> [B], in (0, 1.5 β_init)."""
-    with jax.default_matmul_precision("float32"):  # TF32 would round its small steps away
+    with jax.default_matmul_precision("float32"):  # TF32 would lose its tiny steps
         return 1.5 * config.coefficient_init * nn.sigmoid(forward(params, obs)[..., 0])
 
 
 def init_coefficient(key, obs_dim, hidden_dims):
-    """β_φ's parameters: Xavier-uniform; biases 0, the last 0.6931, where 1.5 sigmoid is 1."""
+    """β_φ's parameters: Xavier-uniform; biases 0, the last ln 2: 1.5 sigmoid(ln 2) = 1."""
     kernel_inits = (nn.initializers.xavier_uniform(),) * (len(hidden_dims) + 1)
     params = init_mlp(key, obs_dim, (*hidden_dims, 1), kernel_inits=kernel_inits)
     params[f"Dense_{len(hidden_dims)}"]["bias"] += 0.6931
@@ -198,7 +198,7 @@ def descend(loss, params, optimizer, opt_state, *args):
 def episodes_of(rewards, ends):
     """First row, number of rows and undiscounted return of each episode: three arrays [episodes].
 
-    rewards: float [N]. ends: bool [N], true in the last row of each episode, so at the end.
+    rewards: float [N]. ends: bool [N], true in the last row of each episode and of all.
     """
     first = np.r_[0, np.flatnonzero(ends)[:-1] + 1]
     lengths = np.diff(np.r_[first, len(ends)])
@@ -299,7 +299,7 @@ def critic_loss(params, state, batch, noise, config):
 
 
 def actor_loss(params, state, batch, weight, config):
-    """The normalised Q term, and the squared error, also in its info, weighted by `weight` [B]."""
+    """Normalised -Q plus the squared error weighted by `weight` [B]; its info has the error."""
     action = actor(params, batch.obs)
     q = critic(jax.tree.map(lambda x: x[0], state.critic), batch.obs, action)  # [B]
     squared_error = jnp.square(action - batch.action)  # [B, A]
@@ -384,7 +384,7 @@ def update_step(state, batch, noise, config, *, update_actor, online=False):
     """One update: the critics and, every policy_freq updates, actor, β_φ, threshold and targets.
 
     update_actor: whether this update, counted from 1, is a multiple of policy_freq. online: whether
-    β_φ and n are frozen and β_φ is annealed. Both are static. Returns the state and scalars.
+    β_φ and n are frozen and β_φ is annealed. These two and config, a FrozenConfigDict, are static.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     _, critic_adam, _ = optimizers(config)
@@ -414,7 +414,7 @@ def update_actor_and_coefficient(state, batch, config, online):
     policy, actor_opt, info = descend(
         actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, weight, config
     )
-
+    # --- β_φ and the threshold: the margin is that of the actor from before its step ---
     margin = log_likelihood_margin(info.pop("squared_error"), state.threshold, config)
     state = state._replace(actor=policy, actor_opt=actor_opt)
     state, mask = update_coefficient(state, batch, margin, config, online)
@@ -447,7 +447,7 @@ def update_coefficient(state, batch, margin, config, online):
 
 def coefficient_metrics(beta, regularised, margin, mask, batch):
     """What β_φ and the threshold did in this batch; β_φ where the regulariser acts. Scalars."""
-    regularised = jnp.where(regularised.any(), regularised, 1) > 0  # none: show them all
+    regularised = jnp.where(regularised.any(), regularised, 1) > 0  # if there are none, show all
     return {
         "beta_min": beta.min(where=regularised, initial=jnp.inf),
         "beta_mean": beta.mean(where=regularised),
@@ -476,7 +476,7 @@ def modify_reward(reward, config):
 
 
 def update_keys(key, step):
-    """The two keys of update `step`, for its batch and its noise, however calls divide updates."""
+    """The two keys of update `step`, for its batch and its noise, in calls of any length."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 
@@ -508,7 +508,7 @@ def train_interval(state, data, config, num_updates=None):
             noise = sample_noise(key, batch, config)
             is_last = i == config.policy_freq - 1
             state, info = update_step(state, batch, noise, config, update_actor=is_last)
-        names[:] = info  # while this is traced
+        names[:] = info  # noted while scan traces this
         return state, jnp.stack([*info.values()])  # one array: one kernel instead of ten
 
     state, metrics = jax.lax.scan(body, state, draws)
@@ -578,7 +578,7 @@ def select_trusted(rewards, ends, label, config):
     elif config.selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
     elif config.selection == "success":
-        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)  # of reward 0
+        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)  # raw: 0
     else:
         trusted = label()
     return np.broadcast_to(trusted, (config.num_seeds, len(rewards)))
@@ -647,7 +647,7 @@ def explore(actor_params, obs, key, step, config):
     return jnp.clip(action + config.exploration_noise * noise, -1, 1)
 
 
-def online_step(state, buffer, data, config, update_actor):
+def online_update(state, buffer, data, config, update_actor):
     """One update on a batch of offline and stored transitions."""
     index_key, noise_key = update_keys(state.key, state.step + 1)
     batch = sample_batch(index_key, data, buffer, config)
@@ -664,7 +664,7 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
     choose = seeds.vmap(partial(explore, config=config), in_axes=(0, 0, 0, None))
     add = seeds.vmap(store, donate=0)
     compiled = partial(seeds.vmap, in_axes=(0, 0, DATA_AXES), donate=0)
-    learn = partial(online_step, config=config)
+    learn = partial(online_update, config=config)
     learn = {due: compiled(partial(learn, update_actor=due)) for due in (False, True)}
     play = seeds.vmap(act)
     # Updates fold their number into the same keys: exploration folds one that they never reach.

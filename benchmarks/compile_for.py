@@ -166,28 +166,28 @@ def programs(script, state, data, config):
     return [
         ("train", vmap(script.train_interval, (0, axes)), (state, data), delay),
         ("iql", vmap(script.iql_interval, (0, None)), (iql, data._replace(trusted=None)), 1),
-        ("online", vmap(script.online_step, (0, 0, axes), **due), (state, buffer, data), 1),
+        ("online", vmap(script.online_update, (0, 0, axes), **due), (state, buffer, data), 1),
     ]
 
 
-def report(device, cases, make_config, make_data, make_state):
-    """{case: {program: {seeds: counts}}}, printed on the way; the arguments are of speed.py.
+def report(device, speed, dims):
+    """{case: {program: {seeds: counts}}}, printed on the way. `speed` is the module speed.py.
 
-    microseconds: rough lower bounds on the time of an update.
+    dims: of observations and actions. microseconds: rough lower bounds on the time of an update.
     """
     sharding, (tflops, bandwidth, launch), found = find_device(device), DEVICES[device], {}
     print(f"{'':32}kernels  state copies      MB  bound by, at least")
     for case, seeds in [(case, seeds) for case in ("td3bc", "cql") for seeds in (1, 8)]:
         lengths = {"updates_per_call": 200, "online_steps": 250_000}
-        config = make_config(case, on_cpu=False, num_seeds=seeds, **lengths)
-        script, _, _, gflop, _ = cases[case]
-        data = jax.eval_shape(partial(make_data, script, num_seeds=seeds))
-        state = jax.eval_shape(partial(make_state, script, config))
+        setup, script = speed.Setup(case, *dims, seeds), speed.CASES[case][0]
+        config = speed.make_config(setup, on_cpu=False, **lengths)
+        data = jax.eval_shape(partial(speed.make_data, script, setup))
+        state = jax.eval_shape(partial(speed.make_state, script, config, setup))
+        gflop = sum(part for part, _ in speed.work(config, setup)) * seeds
         for name, program, args, updates in programs(script, state, data, config):
             line = examine(program, args, updates, sharding)
-            work = gflop(config) * seeds if name != "iql" else 0
             line["microseconds"] = bounds = {
-                "arithmetic": work / tflops * 1e3,
+                "arithmetic": gflop / tflops * 1e3 if name != "iql" else 0,
                 "memory": line["bytes"] / bandwidth / 1e3,
                 "launches": line["kernels"] * launch,
             }

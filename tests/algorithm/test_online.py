@@ -120,7 +120,7 @@ def test_an_online_step_is_an_annealed_update_on_what_is_stored(ssar):
     config = settings(ssar, buffer_init="none", online_steps=4)
     state, row = new_state(ssar, config), batch_of(ssar, rows=1, trusted=[1])
     buffer = ssar.store(ssar.init_buffer(row, config), one_of(row))
-    step = jax.jit(partial(ssar.online_step, config=config, **actor_is_due(ssar)))
+    step = jax.jit(partial(ssar.online_update, config=config, **actor_is_due(ssar)))
     ours = step(state, buffer, jax.tree.map(lambda x: x[:0], row))
     batch = jax.tree.map(lambda x: jnp.repeat(x, config.batch_size, axis=0), row)
     noise = ssar.sample_noise(ssar.update_keys(state.key, 1)[1], batch, config)
@@ -139,7 +139,7 @@ def test_a_large_buffer_stays_in_place(seeds):
     data = data._replace(trusted=per_seed(data.trusted))
     buffer = jax.tree.map(per_seed, ssar.init_buffer(data, config))
     size = sum(x.nbytes for x in jax.tree.leaves(buffer.rows)) / seeds
-    learn = partial(ssar.online_step, config=config, update_actor=True)
+    learn = partial(ssar.online_update, config=config, update_actor=True)
     learn = Seeds(seeds).vmap(learn, in_axes=(0, 0, ssar.DATA_AXES), donate=0)
     program = learn.lower(new_states(ssar, config, seeds), buffer, data).compile()
     assert program.memory_analysis().temp_size_in_bytes < size / 4

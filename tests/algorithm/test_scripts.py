@@ -13,7 +13,7 @@ SCRIPTS = ("ssar_td3bc", "ssar_cql")
 DIFFERENT = set(
     """
     Noise TrainState actor critic critics critic_loss actor_loss log_likelihood_margin
-    init_state sample_noise update_step train_interval act explore online_step finetune
+    init_state sample_noise update_step train_interval act explore online_update finetune
     make_transitions
     """.split()
 )
