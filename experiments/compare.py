@@ -10,11 +10,14 @@ line marks where online training begins. None of this needs JAX.
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not be installed here
+from matplotlib.figure import Figure  # noqa: E402
 
 COLUMNS = """label seeds last last_low last_high mean_last_10 mean_last_10_low mean_last_10_high
     best best_low best_high n behaviour""".split()
@@ -56,7 +59,8 @@ def pool(runs: list[Run]) -> list[Run]:
     """One run with all seeds for those of the same settings. Raises SystemExit."""
     pooled = {}
     for run in runs:
-        if run.data != runs[0].data:
+        marks = {x.results["data"]["fingerprint"] for x in (run, runs[0]) if "data" in x.results}
+        if run.data != runs[0].data or len(marks) > 1:
             data = f"{runs[0].folder} has data {runs[0].data}, but {run.folder} {run.data}"
             raise SystemExit(f"compare: {data}: compare runs of one task at a time")
         settings = sorted(x for x in run.config.items() if x[0] not in FREE and x[1] is not None)

@@ -13,6 +13,7 @@ from common.data.d4rl import Task
 from common.envs.make import brief
 from common.run.errors import InputError
 from common.run.stopping import stop_if_told
+from common.run.workdir import absolute
 
 # On Hugging Face: without the long outages of D4RL's server.
 MIRROR, REVISION = "imone/D4RL", "9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5"
@@ -25,7 +26,8 @@ def fetch(task: Task) -> str:
 
     The folder is D4RL_DATASET_DIR or ~/.d4rl/datasets.
     """
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    name = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
+    folder = Path(absolute(name, "D4RL_DATASET_DIR"))
     path, reasons = folder / task.file, []
     for download, wait in ((_from_mirror, 0), *((_from_server, wait) for wait in WAITS)):
         if path.is_file():

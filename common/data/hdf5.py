@@ -75,9 +75,9 @@ def own_spec(source: str, env_id: str, kwargs: dict | None, wrappers=()) -> EnvS
     spec = env_spec(env_id.rpartition(":")[2], source)
     others = [x.name for x in wrappers if not re.match(KEPT, x.entry_point)]
     kwargs = {key: value for key, value in (kwargs or {}).items() if key != "render_mode"}
-    given = kwargs | {x.name: x.kwargs for x in wrappers}
-    names_file = lambda name: re.search(r'/|"[.~]', json.dumps(given[name]))
-    left_out = [name for name in given if name in others or names_file(name)]
+    given = [*kwargs.items(), *((x.name, x.kwargs) for x in wrappers)]
+    names_file = lambda value: re.search(r'/|"[.~]', json.dumps(value))
+    left_out = [name for name, value in given if name in others or names_file(value)]
     spec.kwargs |= {key: kwargs[key] for key in kwargs if key not in left_out}
     spec.additional_wrappers = tuple(x for x in wrappers if x.name not in left_out)
     if left_out:

@@ -32,7 +32,7 @@ def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
             "have names like hopper-medium-v2, and files are given as --config.dataset=d4rl:<file>"
         ) from None
     try:
-        metadata = json.loads((path / "data" / "metadata.json").read_text())
+        metadata = json.loads((path / "data" / "metadata.json").read_text(encoding="utf-8"))
         if not metadata.keys() >= {"observation_space", "action_space"}:
             raise KeyError("no spaces")  # Minari would make the environment that the file names
         named = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "null")

@@ -93,7 +93,11 @@ class Slot:
     def __init__(self, spec: EnvSpec, keys: tuple | None):
         env, self.name = make_env(spec), spec.id
         self.keys = check_spaces(spec.id, env.observation_space, env.action_space, keys or ())
-        self.env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        space = env.action_space  # rescaling may round beyond its bounds
+        clip = lambda action: np.clip(action, space.low, space.high)
+        env = gymnasium.wrappers.TransformAction(env, clip, space)
+        low, high = np.full_like(space.low, -1), np.full_like(space.high, 1)
+        self.env = gymnasium.wrappers.RescaleAction(env, low, high)
         weakref.finalize(self, self.env.close)
 
     def start(self, seed: int | None = None) -> None:
@@ -157,4 +161,5 @@ def try_env(spec: EnvSpec, source: str, keys: tuple, found: tuple | None = None)
         )
     if not ended and not spec.max_episode_steps:
         raise InputError(f"{spec.id} has no time limit: give --config.max_episode_steps=<steps>")
+    spec.max_episode_steps = spec.max_episode_steps or TRIAL  # a better actor may never end it
     return slot.keys, widths, bounds

@@ -20,15 +20,14 @@ def write(path: str, content: dict) -> None:
     """Replaces a file with nested dictionaries of arrays, numbers and text. Raises OSError."""
     data = serialization.msgpack_serialize(content)
     write_file(path, hashlib.sha256(data).digest() + data)
-    if _read(path) != data:
-        raise OSError(errno.EIO, "it reads back differently", path)
+    _read(path)  # raises OSError if it reads back differently
 
 
 def _read(path):
     with open(path, "rb") as file:
         digest, data = file.read(32), file.read()
     if hashlib.sha256(data).digest() != digest:
-        raise OSError("its checksum does not match")
+        raise OSError(errno.EIO, "its checksum does not match", path)
     return data
 
 
@@ -75,7 +74,8 @@ def load_newest(folder: str, phase: str = "*") -> dict | None:
             return serialization.msgpack_restore(_read(path))
         except OSError as error:
             os.replace(path, f"{path}.broken")
-            print(f"warning: {path} is broken ({error}): using the one before", file=sys.stderr)
+            what = f"{path} is broken ({error.strerror}): using the one before"
+            print(f"warning: {what}", file=sys.stderr)
     return None
 
 

@@ -50,8 +50,11 @@ class Output:
     def _dropping(self):
         try:
             yield
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        except (OSError, ValueError):  # full, gone or closed
+            nowhere = open(os.devnull, "w")  # what waits in a buffer goes there too
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._stream = nowhere
 
 
 def run(main, name: str) -> None:
@@ -122,7 +125,8 @@ def _parse(name):
     parser = argparse.ArgumentParser(name, formatter_class=layout, allow_abbrev=False)
     parser.description = sys.modules["__main__"].__doc__
     # The settings file explains every field.
-    source = Path(module["get_config"].__code__.co_filename).read_text()
+    of = getattr(module.get("defaults"), "__code__", _parse.__code__)  # a variant may have none
+    source = Path(of.co_filename).read_text(encoding="utf-8")
     fields = source.partition("ConfigDict()\n")[2].partition("    return c\n")[0]
     fields = re.sub(r"c\.(\w+) = (config_dict\.placeholder\(\w+\))?", r"--config.\1=", fields)
     parser.epilog = (
@@ -145,7 +149,9 @@ def load_config(name: str, file: str | None, settings: list[str]):
     others are scaled. Raises InputError.
     """
     own, given = f"{ROOT}/configs/{name}.py", {}
-    _, config = _load(own, "custom") if file is not None else _load(own)
+    module, config = _load(own)
+    if file is not None and "custom" in module.get("TASKS", ()):
+        _, config = _load(own, "custom")
     if file is not None:
         for field, value in _load(*file.rsplit(":", 1))[1].to_dict().items():
             if field not in config:

@@ -95,11 +95,15 @@ def signatures(rows, trusted_fraction, floor, top, own, config):
             yield sign, f"the return is {best:.4g} at best, and {own:.4g} in the data; {fix}"
     for now in range(WINDOW, len(rows)):
         first = now - WINDOW + 1
-        peak, best = int(np.argmax(levels[:first])), max(returns[first : now + 1])
+        # With its standard error, because few episodes of sparse success vary much.
+        error = lambda row: row["return_std"] / row["episodes"] ** 0.5
+        best = max(row["return_mean"] + error(row) for row in rows[first : now + 1])
+        peak = int(np.argmax(levels[:first]))
         if levels[peak] > near_zero and best - floor < KEPT * (levels[peak] - floor):
             sign, why = explain_loss(rows, peak, now, config)
-            what = f"the return fell from {levels[peak]:.4g} at {place(rows[peak])}"
-            yield sign, f"{what} to at most {best:.4g} from {place(rows[first])} on; {why}"
+            what = f"the return fell from {levels[peak]:.4g} around {place(rows[peak])}"
+            now_at = f"{max(returns[first : now + 1]):.4g} from {place(rows[first])} on"
+            yield sign, f"{what} to at most {now_at}; {why}"
             break
 
 

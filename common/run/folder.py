@@ -71,7 +71,7 @@ class Run:
         _open.append(self)
         self._held.enter_context(lock_folder(workdir))
         newest = checkpoint.load_newest(self._unfinished) if resume else None
-        if newest and newest["origin"] != self._origin:
+        if newest and newest.get("origin") != self._origin:
             what = f"the unfinished run in {workdir} had other data or another offline run"
             raise InputError(f"{what}: restore them, or set it aside with --noresume")
         if not newest:

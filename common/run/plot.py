@@ -1,6 +1,9 @@
 """The picture of a run."""
 
-import matplotlib
+import os
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not be installed here
+import matplotlib  # noqa: E402
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot, which would change the caller's backend
 

@@ -83,10 +83,17 @@ class Records:
             prefix = "online_" if online else "offline_" if key == "q1" else ""
             scale = self.config.batch_size if key == "constrained_fraction" else 1
             tags[prefix + TAGS.get(key, key)] = row[key] * scale
-        if online:
-            rows = [e for e in self.of(row["seed"], "online") if e["step"] <= row["step"]]
-            tags["eval_regret"] = 1 - np.mean([e["success_rate"] for e in rows])
-        return tags
+        return tags | (self._regrets(row["seed"], row["step"]) if online else {})
+
+    def _regrets(self, seed, step=np.inf):
+        """Mean share of failures online up to a step, in evaluations and training episodes."""
+        rows = {"eval_regret": self.of(seed, "online"), "train_regret": self.episodes}
+        success = lambda x: x.get("success_rate", x.get("success"))
+        found = {}
+        for name, of_all in rows.items():
+            seen = [success(x) for x in of_all if x["seed"] == seed and x["step"] <= step]
+            found[name] = 1 - float(np.mean(seen or np.nan))
+        return found
 
     def results(self) -> dict:
         """The measured part of results.json; scores and the like have one entry per seed."""
@@ -106,6 +113,8 @@ class Records:
         if online:
             columns["before_online"] = self.column("score", "online")[:, 0]
         columns = {name: column.tolist() for name, column in columns.items()}
+        regrets = [self._regrets(seed) for seed in self.seeds]
+        columns |= {name: [of_seed[name] for of_seed in regrets] for name in regrets[0]}
         if self.wandb:
             self.wandb.summary.update(columns)
         return columns | {

@@ -19,10 +19,15 @@ CHOICES = {
     "matmul_precision": ("float32", "bfloat16"),
     "d4rl_rows": ("all", "qlearning"),
 }
-# Numbers must be finite, at least 1 if whole and at least 0 if not, with these exceptions.
-LOWEST = dict.fromkeys("seed offline_steps online_steps warmup_steps".split(), 0)
-LOWEST |= dict.fromkeys("reward_scale reward_bias target_action_gap".split(), -1e30)
-LOWEST |= {"return_threshold": -1e30, "decay_steps": -1, "cql_temperature": 1e-6}
+# The smallest value of a number; others, such as those of a variant, only have to be finite.
+LOWEST = dict.fromkeys("""num_seeds batch_size eval_interval eval_episodes policy_freq full_length
+    new_policy_freq update_period iql_steps num_sampled_actions block_size buffer_capacity
+    updates_per_call max_episode_steps""".split(), 1)  # fmt: skip
+LOWEST |= dict.fromkeys("""seed offline_steps online_steps warmup_steps discount expectile n_end
+    target_update_rate actor_lr critic_lr coefficient_lr checkpoint_minutes policy_noise n_start
+    noise_clip expl_noise exploration_noise coefficient_init bc_weight""".split(), 0)  # fmt: skip
+LOWEST |= {"decay_steps": -1, "cql_temperature": 1e-6}
+SIZES = ("hidden_dims", "coefficient_hidden_dims", "critic_layers")
 HIGHEST = dict.fromkeys("discount target_update_rate expectile".split(), 1)
 HIGHEST |= dict.fromkeys("actor_lr critic_lr coefficient_lr".split(), 1)
 HIGHEST |= {"num_seeds": 4096, "batch_size": 2**20, "seed": 2**31 - 4097}
@@ -72,12 +77,14 @@ def default_folder(name: str, config, given=()) -> str:
 
     given: arguments like --config.n_end=5.0. Online: beside the folder of the offline run.
     """
-    folder, parent = f"runs/{name}/{config.task}", config.offline_checkpoint
+    parent = config.offline_checkpoint
+    place, base = os.path.split(absolute(parent) if parent else f"runs/{name}/{config.task}")
+    unnamed = set(UNNAMED) - ({"dataset_path"} if not config.dataset else set())
     fields = sorted(setting.removeprefix("--config.") for setting in given)
-    words = [x for x in fields if x.partition("=")[0] not in UNNAMED]
+    words = [x for x in fields if x.partition("=")[0] not in unnamed]
     words = [re.sub(r"[^\w.=,()+-]+", "_", x) for x in words] or ["online"] * bool(parent)
-    folder = "-".join([parent.rstrip("/") if parent else folder, *words])[:200]
-    return folder if parent else f"{folder}/{config.seed}"
+    folder = "-".join([base, *words]).encode()[:200].decode(errors="ignore")
+    return os.path.join(place, folder, *([] if parent else [str(config.seed)]))
 
 
 def prepare(config, workdir: str | None, name: str, resume: bool = True):
@@ -88,13 +95,13 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
     config = ml_collections.ConfigDict(config)
     check_bounds(config)
     file = (config.dataset or "").removeprefix("d4rl:")
-    if not config.dataset_path and os.path.isfile(os.path.expanduser(file)):
-        config.dataset_path = file
+    is_file = file.endswith((".hdf5", ".h5")) and os.path.isfile(os.path.expanduser(file))
+    config.dataset_path = config.dataset_path or (file if is_file else None)
     for field in PATHS:
         if config[field]:
             config[field] = absolute(config[field], f"--config.{field}")
     workdir = absolute(default_folder(name, config) if workdir is None else workdir)
-    use_jax_defaults(config)
+    use_jax_defaults()
     iql_steps = config.iql_steps if needs_iql(config) else 0
     sizes = divisors(math.gcd(config.eval_interval, iql_steps), config.get("policy_freq", 1))
     sizes = [size for size in sizes if size <= config.updates_per_call]
@@ -103,14 +110,14 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
         config.block_size = 32 if jax.local_device_count() == 1 else None  # devices would wait
     check_settings(config)
     check_folder(workdir, config, resume, MAY_CHANGE)
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     return ml_collections.FrozenConfigDict(config), workdir
 
 
-def use_jax_defaults(config) -> None:
+def use_jax_defaults() -> None:
     """Sets what JAX may have been told by the environment. Raises InputError without a device."""
     options = {"enable_x64": False, "numpy_dtype_promotion": "standard", "transfer_guard": "allow"}
     options |= {"numpy_rank_promotion": "allow"}
-    options["default_matmul_precision"] = config.matmul_precision
     for option, value in options.items():
         jax.config.update(f"jax_{option}", value)
     try:
@@ -124,7 +131,8 @@ def use_jax_defaults(config) -> None:
 def needs_iql(config) -> bool:
     """Whether IQL has to label the data."""
     adaptive = config.coefficient == "adaptive" and not config.offline_checkpoint
-    return adaptive and config.selection == "iql"
+    is_used = config.offline_steps or config.buffer_init != "none"
+    return bool(adaptive and config.selection == "iql" and is_used)
 
 
 def planned_phases(config) -> list[str]:
@@ -174,13 +182,12 @@ def refuse(config, field, why):
 def check_bounds(config) -> None:
     """Raises InputError for a number that is too small or too large, and for odd sizes."""
     for field, value in config.items():
-        is_sizes = isinstance(value, tuple) and all(type(x) is int and x > 0 for x in value)
-        if isinstance(value, tuple) and not (value and is_sizes):
+        is_size = lambda x: type(x) is int and x > 0
+        if field in SIZES and not (value and all(map(is_size, value))):
             refuse(config, field, "must be whole numbers of at least 1, such as (256,256)")
-        if type(value) in (int, float):
-            is_whole = isinstance(value, int)
-            low = LOWEST.get(field, int(is_whole))
-            high = HIGHEST.get(field, 2**31 - 1 if is_whole else 1e30)
+        if isinstance(value, (int, float)):
+            limit = 2**31 - 1 if isinstance(value, int) else 1e30
+            low, high = LOWEST.get(field, -limit), HIGHEST.get(field, limit)
             if not low <= value <= high:
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 refuse(config, field, f"must be {bound}")

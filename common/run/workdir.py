@@ -71,7 +71,7 @@ def check_folder(workdir: str, config, resume: bool, may_change) -> None:
     if found and found.isdisjoint({"config.json", "scores.csv", "unfinished"}):
         raise InputError(f"{flag} holds files that are no run: {fix}")
     if resume and has(workdir, *TRACES):
-        fix = f"give those, {fix}, or set it aside with --noresume"
+        fix = f"give the ones there, {fix}, or set it aside with --noresume"
         settings = load_settings(workdir, "--workdir")
         check_same(settings, config, may_change, f"{flag} holds a run", fix)
 

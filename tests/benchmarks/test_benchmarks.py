@@ -1,5 +1,6 @@
 """The benchmarks at tiny sizes: what they need, print and keep, and what they count."""
 
+import csv
 import json
 import re
 import subprocess
@@ -15,46 +16,116 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compile_for  # noqa: E402
 import speed  # noqa: E402
 
-# Measures where nothing can be imported that the update itself does not need.
-ALONE = """
-import sys
+from common.envs.make import env_spec, make_env  # noqa: E402
 
-sys.modules |= dict.fromkeys('''common.run common.data common.envs common.evaluation gymnasium
-    mujoco minari h5py matplotlib tensorboardX tqdm filelock huggingface_hub PIL'''.split())
-folder, out = sys.argv[1:]
+# The command with tiny networks. Before each row, the file must hold all earlier ones.
+TINY = """
+import json, sys
+
+folder, cases, absent = (sys.argv.pop(1) for _ in range(3))
 sys.path.insert(0, folder)
+sys.modules |= dict.fromkeys(absent.split())  # cannot be imported
 import speed
 
-tiny = {"hidden_dims": (16, 16), "coefficient_hidden_dims": (16,), "num_sampled_actions": 2}
-speed.ROWS, speed.ROUNDS, speed.CALL_GFLOP = 500, 3, {"cpu": 0.01}
-speed.GROWTH = {"seeds": (1, 2)}
-for case in ("td3bc", "cql_trusted37"):
-    script, settings, changes, *others = speed.CASES[case]
-    speed.CASES[case] = script, settings, changes | tiny, *others
-del speed.CASES["cql"]
-speed.main(out, quick=True)
-print(speed.measure_growth("td3bc", "seeds"))
+tiny = {"hidden_dims": (16, 16), "coefficient_hidden_dims": (16,)}
+for case, (script, settings, changes) in [*speed.CASES.items()]:
+    del speed.CASES[case]
+    if case in cases.split():
+        speed.CASES[case] = script, settings, changes | tiny
+speed.ROUNDS, speed.CALL_GFLOP = 3, {"cpu": 0.01}
+speed.GROWTH |= {"data": (500,), "batch": (512,), "actions": (4,)}
+speed.DIMS = dict.fromkeys(speed.DIMS, ("Hopper-v4", 11, 3))  # its episodes are short
+measure, measured = speed.measure, []
+
+def measure_after_saving(setup):
+    if "--out=speed.json" in sys.argv:
+        assert json.load(open("speed.json"))["rows"] == measured
+    measured.append(measure(setup))
+    return measured[-1]
+
+speed.measure = measure_after_saving
+speed.main()
 """
+CASES = [*speed.CASES]
+PRINTED = (
+    r"(\w+) +(\d+) +(\d+) +(\d+) +(\d+) (float32|bfloat16) +[\d.]+ +[\d.]+-[\d.]+ .* s +\d+ .*"
+)
+
+
+def run_tiny(folder, form, cases, absent=""):
+    """Runs `speed.py <form>`; returns the printed lines, and (case, seeds) of the rows in them."""
+    arguments = str(ROOT / "benchmarks"), " ".join(cases), absent, *form.split()
+    command = [sys.executable, "-c", TINY, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    rows = [match.groups() for match in map(re.compile(PRINTED).fullmatch, lines) if match]
+    return lines, [(case, int(seeds)) for case, seeds, *_ in rows]
 
 
 @pytest.mark.slow
-def test_speed_prints_and_keeps_each_result_and_needs_few_packages(tmp_path):
-    out = tmp_path / "speed.json"
-    command = [sys.executable, "-c", ALONE, str(ROOT / "benchmarks"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(out.read_text())
-    for case in ("td3bc", "cql_trusted37"):
-        assert re.search(rf"{case} .* updates/s.*; matmul_ratio .*; compiled in", done.stdout)
+def test_speed_needs_few_packages_and_saves_each_row_before_the_next(tmp_path):
+    absent = """common.run common.data common.envs common.evaluation gymnasium mujoco minari h5py
+        matplotlib tensorboardX tqdm filelock huggingface_hub PIL"""
+    lines, rows = run_tiny(tmp_path, "--out=speed.json --csv=speed.csv", CASES, absent)
+    assert lines[0].startswith("device: 1 x cpu")
+    assert lines[-1].startswith("environments are left out: ")
+    assert rows == [(case, 1) for case in CASES]
+    report = json.loads((tmp_path / "speed.json").read_text())
+    table = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    for kept in report["rows"], table:
+        assert [(row["algorithm"], int(row["seeds"])) for row in kept] == rows
+    for case in CASES:
         for key in ("matmul_ratio", "updates_per_second", "compile_seconds"):
             assert report[case][key] > 0
-    assert "{'1': 1.0, '2': " in done.stdout  # calls for two seeds are made of whole intervals
+
+
+# Every form that the documentation shows, and the number of seeds in each of its rows.
+FORMS = {
+    "": [1],
+    "--updates-only": [1],
+    "--out=speed.json --csv=speed.csv --updates-only": [1],
+    "--seeds 1 8 32 --dims=ant --precision=bfloat16": [1, 8, 32],
+    "--growth": [1],
+}
+SHORT = ("td3bc", "cql")
+GROWN = [(case, seeds) for case in SHORT for seeds in (1, 2, 8, 1, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_every_documented_form_runs_to_its_end(tmp_path, form):
+    lines, rows = run_tiny(tmp_path, form, SHORT)
+    base = [(case, seeds) for seeds in FORMS[form] for case in SHORT]
+    assert rows == base + GROWN * ("--growth" in form)
+    found = [line for line in lines if "evaluation_share 0." in line]
+    assert len(found) == (0 if "--updates-only" in form else 2)
+    assert (tmp_path / "speed.csv").exists() == ("--csv" in form)
+
+
+def test_no_other_form_is_documented():
+    names = ("README.md", "docs/performance.md", "benchmarks/speed.py")
+    text = "".join((ROOT / name).read_text() for name in names)
+    shown = {
+        re.sub(r"[\[\]]", "", x) for x in re.findall(r"python benchmarks/speed\.py([^`\n]*)", text)
+    }
+    assert {form.strip() for form in shown if "--compile-for" not in form} <= {*FORMS}
+
+
+def test_dimensions_are_those_of_the_environments():
+    for env, *dims in speed.DIMS.values():
+        made = make_env(env_spec(env, env))
+        assert [*made.observation_space.shape, *made.action_space.shape] == dims
 
 
 def test_the_arithmetic_of_an_update_at_the_papers_sizes():
-    gflop = {case: speed.CASES[case][3](speed.make_config(case, True)) for case in speed.CASES}
-    assert gflop["td3bc"] == pytest.approx(0.82, abs=0.01)
-    assert gflop["cql"] == gflop["cql_trusted37"] == pytest.approx(14.47, abs=0.01)
+    def gflop(case):
+        setup = speed.Setup(case)
+        return sum(part for part, _ in speed.work(speed.make_config(setup, True), setup))
+
+    expected = {"td3bc": 0.82, "cql": 14.47, "td3bc_plain": 0.41, "cql_plain": 13.65}
+    expected["cql_trusted37"] = expected["cql"]  # what is skipped counts as done
+    assert {case: round(gflop(case), 2) for case in CASES} == expected
 
 
 def test_kernels_copies_and_bytes_are_counted_inside_the_loop():
@@ -86,8 +157,7 @@ def test_every_program_is_counted_stays_on_the_device_and_overwrites_its_state(m
 
     monkeypatch.setattr(compile_for, "find_device", lambda device: None)
     monkeypatch.setattr(compile_for, "examine", lower)
-    functions = speed.make_config, speed.make_data, speed.make_state
-    report = compile_for.report("h100", speed.CASES, *functions)
+    report = compile_for.report("h100", speed, (17, 6))
     assert report["td3bc"]["train"]["8"]["kernels"] == 0.5  # of two unrolled updates
     assert report["cql"]["online"]["1"]["microseconds"]["launches"] == 2
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * 2 * 3

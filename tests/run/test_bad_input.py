@@ -164,7 +164,7 @@ TABLE = {
     "not to be written": ("--workdir=/proc/x", "/proc/x cannot be made (No such file"),
     "another run's": (
         [RUN + "unfinished", *field(seed=3)],
-        "holds a run with other settings than seed=3 (there 0): give those, choose another",
+        "holds a run with other settings than seed=3 (there 0): give the ones there, choose",
     ),
     "the other script's unfinished run": (
         ("ssar_cql", [RUN + "unfinished"]),

@@ -55,8 +55,8 @@ GROWS, SWITCH = "collapse while n grows", "drop at the switch with β near zero"
 def test_a_collapse_is_named_with_what_became_of_n_and_beta():
     (text,) = warned(rows(FORGOTTEN, n=1 + 0.2 * np.arange(14), beta_mean=1.45))
     assert text == (
-        "collapse while n grows (seed 3): the return fell from 22 at offline step 7000 to at most "
-        "2 from offline step 8000 on; n 2.2 → 3, mean β 1.45 → 1.45 (at most 1.5); raise "
+        "collapse while n grows (seed 3): the return fell from 22 around offline step 7000 to at "
+        "most 2 from offline step 8000 on; n 2.2 → 3, mean β 1.45 → 1.45 (at most 1.5); raise "
         "update_period or lower n_end, and raise coefficient_init"
     )
     # Hopper with update_period=1000 and n_end=60: β is 0 from the third evaluation on.
