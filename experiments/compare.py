@@ -23,7 +23,7 @@ COLUMNS = """label seeds last last_low last_high mean_last_10 mean_last_10_low m
     best best_low best_high n behaviour""".split()
 # Settings in which the seeds of one curve may differ.
 FREE = set("""seed num_seeds offline_checkpoint dataset_path cache_dir checkpoint_minutes
-    updates_per_call block_size wandb""".split())  # fmt: skip
+    updates_per_call block_size wandb eval_interval eval_episodes""".split())  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -141,10 +141,11 @@ def compare(folders: list[Path], picture: Path) -> list[list]:
         raise SystemExit(f"compare: --out={picture} cannot be written: {error}") from None
     width = max(len(label) for label, *_ in table)
     head = "{:{}}  seeds" + 3 * "{:>24}" + "      n  behaviour"
-    line = "{:{}}  {:5}" + 3 * "{:8.1f} [{:6.1f},{:6.1f}]" + "{:7.2f}{:11.1f}"
+    line = "{:{}}  {:5}" + 3 * "{:>8.1f} [{:6.1f},{:6.1f}]" + "{:7.2f}{:11.1f}"
     print(head.format("", width, "last", "mean of last ten", "best"))
     for label, *numbers in table:
-        print(line.format(label, width, *numbers))
+        print(line.format(label, width, *numbers).replace("[   nan,   nan]", " " * 15))
+    print(f"-> {picture}")
     return table
 
 

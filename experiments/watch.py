@@ -53,7 +53,10 @@ def draw(env) -> np.ndarray:
     except Exception as error:  # a renderer can raise anything
         frame, reason = np.zeros(0), " ".join(str(error).split())[:200]
     if frame.ndim != 3:
-        raise InputError(f"{env.spec.id} cannot be drawn ({reason}): for MuJoCo, {FIX}")
+        fix = (
+            FIX if hasattr(env.unwrapped, "mujoco_renderer") else "install what its renderer needs"
+        )
+        raise InputError(f"{env.spec.id} cannot be drawn ({reason}): {fix}")
     return frame
 
 

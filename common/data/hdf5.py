@@ -25,7 +25,7 @@ def read_hdf5(path: str, env: str | None, task: Task | None) -> tuple:
     env: the user's, in place of the file's own. task: D4RL's, for a file that names none.
     """
     if not os.path.isfile(path):
-        raise InputError(f"no file {path}: give the data set's with --config.dataset_path=<file>")
+        raise InputError(f"no file {path}: check --config.dataset or --config.dataset_path")
     try:
         with open_hdf5(path) as file:
             attributes = file.attrs

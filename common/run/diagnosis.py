@@ -1,6 +1,7 @@
 """Signs that a run cannot be trusted, and why it may have diverged."""
 
 import numpy as np
+from tqdm import tqdm
 
 from common.run.errors import InputError
 
@@ -18,9 +19,10 @@ def check_trusted(trusted, dataset, config) -> None:
     best = (config.reward_scale * dataset.returns + config.reward_bias * lengths).max()
     fix = {
         "return": f"give a --config.return_threshold below the best return, {best:.1f}",
-        "success": "success is a reward of 1, and every other reward 0",
+        "success": "give rewards of 1 for success and 0 elsewhere",
         "iql": "lower --config.expectile or raise --config.iql_steps",
     }
+    tqdm.write(f"D̂ holds {trusted.mean():.1%} of the transitions")
     has_success = config.selection != "success" or (dataset.rewards == 1).any()
     if not has_success or not trusted.any(axis=1).all():
         raise InputError(f"{what}: {fix[config.selection]}, or choose another --config.selection")
@@ -93,6 +95,10 @@ def signatures(rows, trusted_fraction, floor, top, own, config):
             sign = "near-zero score" + " with a thin sub-dataset" * is_thin
             fix = "lower return_threshold or expectile" if is_thin else "raise coefficient_init"
             yield sign, f"the return is {best:.4g} at best, and {own:.4g} in the data; {fix}"
+        last, cap = rows[len(offline) - 1], 1.5 * config.coefficient_init
+        if config.coefficient == "adaptive" and last.get("beta_min", 0) > 0.98 * cap:
+            what = f"β is at its maximum on every state, and n at {last['n']:.3g}"
+            yield "coefficient no longer adapts", f"{what}; lower coefficient_lr or raise n_end"
     for now in range(WINDOW, len(rows)):
         first = now - WINDOW + 1
         # With its standard error, because few episodes of sparse success vary much.

@@ -19,7 +19,7 @@ from common.run.stopping import is_told, stop_if_told
 from common.run.workdir import as_json, lock_folder, set_aside, write_json
 
 PURPOSE = {
-    "iql": "label the trusted rows with IQL (another --config.selection needs none)",
+    "iql": "label the trusted rows with IQL",
     "offline": "train offline",
     "online": "fine-tune online",
 }
@@ -79,7 +79,11 @@ class Run:
                 self._held.close()
                 self._held.enter_context(lock_folder(workdir))
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
-            print(f"begins {workdir}; compiling takes some seconds", flush=True)
+            totals = {"iql": config.iql_steps, "offline": config.offline_steps}
+            totals["online"] = config.online_steps
+            plan = [f"{PURPOSE[x]} ({totals[x]:,} steps)" for x in planned_phases(config)]
+            print(f"begins {workdir}: {', then '.join(plan)}")
+            print("compiling, 10 to 40 s on a CPU unless these programs are known", flush=True)
         os.makedirs(self._unfinished, exist_ok=True)
         self._records = Records(workdir, config, dataset)
         self._held.callback(self._records.close)
@@ -125,7 +129,9 @@ class Run:
         text = f"{phases.index(phase) + 1} of {len(phases)}: {PURPOSE[phase]}, "
         text += f"{self._total:,} {self._bar.unit}s"
         if phase != "online":  # whose first steps make no updates
-            text += f", about {tqdm.format_interval(seconds)} here"
+            text += f", about {tqdm.format_interval(seconds)} left"
+        if phase == "iql":
+            text += "; another --config.selection does without"
         tqdm.write(text, file=sys.stderr)
         self._bar.set_description(phase, refresh=False)
 
@@ -211,8 +217,9 @@ class Run:
         with self._clock.measure("writing"):
             self._records.write()
         self._warn(diagnosis.warnings(self._config, self._dataset, self._records))
-        shown = {"score": "score", "β": "beta_mean", "n": "n"}
-        shown = {name: columns[x].mean() for name, x in shown.items() if x in columns}
+        shown = {"score": columns["score"].mean(), "n": columns["n"].mean()}
+        if "beta_mean" in columns:
+            shown["β"] = (columns["beta_mean"] * columns["anneal"]).mean()
         self._bar.set_postfix(shown, refresh=False)
 
     def _warn(self, warnings):
@@ -247,7 +254,7 @@ class Run:
             os.remove(path("lock"))
         close_run()
         print_table(results)
-        speed = f"{timing['updates_per_second'] or 0:.0f} updates/s"
+        speed = f"{timing['updates_per_second'] or 0:.0f} updates/s by the median"
         shares = ", ".join(f"{name} {x:.0%}" for name, x in timing["shares"].items())
         print(f"{speed}; {timing['wall_seconds']:.0f} s in all: {shares}")
         print(f"-> {self.workdir}", flush=True)

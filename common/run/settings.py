@@ -54,7 +54,8 @@ RULES = (
     ("offline_steps", lambda x, c: x or c.online_steps,
      "leaves nothing to do: give it or --config.online_steps"),
     ("buffer_init", lambda x, c: c.dataset or c.dataset_path or not c.offline_steps and x == "none",
-     "needs a --config.dataset; only offline_steps=0 with buffer_init=none goes without"),
+     "needs data: give --config.dataset=<Minari id> or d4rl:<file>; only offline_steps=0 with "
+     "buffer_init=none goes without"),
 )  # fmt: skip
 MULTIPLES = (
     ("updates_per_call", "policy_freq"),

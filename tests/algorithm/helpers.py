@@ -13,6 +13,8 @@ import ssar_cql
 import ssar_td3bc
 
 both_scripts = pytest.mark.parametrize("ssar", [ssar_td3bc, ssar_cql], ids=["td3bc", "cql"])
+slow_cql = pytest.param(ssar_cql, marks=pytest.mark.slow)  # compiles for long
+both_but_cql_slowly = pytest.mark.parametrize("ssar", [ssar_td3bc, slow_cql], ids=["td3bc", "cql"])
 
 
 def settings(ssar, **overrides):

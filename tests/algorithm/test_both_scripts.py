@@ -15,6 +15,7 @@ from helpers import (
     actor_is_due,
     assert_close,
     batch_of,
+    both_but_cql_slowly,
     both_scripts,
     jitted_update,
     new_state,
@@ -31,7 +32,7 @@ from common.seeds import Seeds
 # ------------------------------------------------------------------------------ scan and seeds
 
 
-@both_scripts
+@both_but_cql_slowly
 def test_a_scan_equals_a_python_loop_and_its_parts_bit_for_bit(ssar):
     config = settings(ssar)
     state, data = new_state(ssar, config), batch_of(ssar, rows=200)
@@ -55,7 +56,7 @@ def test_a_scan_equals_a_python_loop_and_its_parts_bit_for_bit(ssar):
     assert_close(means, jax.tree.map(lambda *x: np.mean(x), *infos), rtol=1e-3, atol=1e-5)
 
 
-@both_scripts
+@both_but_cql_slowly
 def test_each_seed_trains_as_if_alone_in_turns_bit_for_bit(ssar):
     config, data = settings(ssar), batch_of(ssar, rows=200)
     shares = np.array([[0.1], [0.5], [0.9]])  # each seed has its own D̂

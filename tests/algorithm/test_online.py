@@ -12,6 +12,7 @@ from helpers import (
     actor_is_due,
     assert_close,
     batch_of,
+    both_but_cql_slowly,
     both_scripts,
     evaluate,
     jitted_update,
@@ -152,7 +153,7 @@ def test_a_large_buffer_stays_in_place(seeds):
 # ------------------------------------------------------------------------------ the whole loop
 
 
-@both_scripts
+@both_but_cql_slowly
 def test_finetune_stores_every_step_and_updates_after_the_warmup(ssar):
     delay = {"new_policy_freq": 3} if ssar is ssar_td3bc else {}
     lengths = {"online_steps": 40, "warmup_steps": 10, "eval_interval": 20}

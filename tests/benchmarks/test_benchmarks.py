@@ -145,6 +145,7 @@ def test_kernels_copies_and_bytes_are_counted_inside_the_loop():
 HOST = re.compile(r"infeed|outfeed|stablehlo\.(send|recv)|callback|host|annotate_device_placement")
 
 
+@pytest.mark.slow
 def test_every_program_is_counted_stays_on_the_device_and_overwrites_its_state(monkeypatch, capsys):
     def lower(program, args, updates, sharding):
         for platform in ("cuda", "tpu"):

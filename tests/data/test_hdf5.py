@@ -123,5 +123,5 @@ def test_a_file_may_be_named_as_the_data_set(tmp_path, monkeypatch):
     for dataset, change in ((own, 5), (f"d4rl:{own}", 5), ("hopper-medium-v2", 0)):
         data = load(None, dataset=dataset)
         np.testing.assert_array_equal(data.rewards, columns["rewards"] + np.float32(change))
-    assert "no file /no/such.hdf5: give" in refused(None, dataset="d4rl:/no/such.hdf5")
-    assert "no file own/hopper.hdf5: give" in refused(None, dataset="own/hopper.hdf5")
+    assert "no file /no/such.hdf5: check" in refused(None, dataset="d4rl:/no/such.hdf5")
+    assert "no file own/hopper.hdf5: check" in refused(None, dataset="own/hopper.hdf5")

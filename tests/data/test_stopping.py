@@ -26,7 +26,7 @@ def test_the_first_signal_sets_a_flag(number, status, capsys):
     stopping.stop_if_told()
     os.kill(os.getpid(), number)
     assert stopping.is_told()
-    assert f"{number.name}: saving, then stopping; a second signal" in capsys.readouterr().err
+    assert f"{number.name}: saves after this call; a second signal" in capsys.readouterr().err
     with pytest.raises(Stopped, match=number.name) as error:
         stopping.stop_if_told()
     assert error.value.status == status

@@ -125,7 +125,7 @@ TABLE = {
     "unknown environment": (field(env="Hoper-v4"), "unknown environment 'Hoper-v4'"),
     "another robot": (field(env="Hopper-v4"), "but Hopper-v4 "),
     "no Minari id": ([FREE, *field(dataset="mujoco/none-v0")], "mujoco/none-v0"),
-    "no data at all": (FREE, "buffer_init=part needs a --config.dataset; only offline_steps=0"),
+    "no data at all": (FREE, "buffer_init=part needs data: give --config.dataset="),
     # --- settings ---
     "a tuple that is none": ("--config.hidden_dims=256", "hidden_dims=256 must be of type tuple"),
     "a negative length": ("--config.offline_steps=-10", "offline_steps=-10 must be at least 0"),
@@ -252,6 +252,7 @@ OUTPUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_output_never_decides_about_the_run(output, folder):
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}

@@ -54,7 +54,7 @@ def test_update_step_trains_on_arrays(folder):
     assert step == "10" and np.isfinite(float(loss))
 
 
-@pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
+@pytest.mark.parametrize("script", ["ssar_td3bc", pytest.param("ssar_cql", marks=pytest.mark.slow)])
 def test_main_runs_with_the_stub(folder, script):
     assert len([line for line in SNIPPETS[1].splitlines() if line]) <= 30
     (folder / "common.py").write_text(SNIPPETS[1])

@@ -174,7 +174,7 @@ def test_an_empty_sub_dataset_is_refused():
     none[0] = True  # the second seed still trusts nothing
     for selection, words in (
         ("return", "give a --config.return_threshold below the best return, 38.0, or choose"),
-        ("success", "success is a reward of 1, and every other reward 0, or choose"),
+        ("success", "give rewards of 1 for success and 0 elsewhere, or choose"),
         ("iql", "lower --config.expectile or raise --config.iql_steps, or choose another"),
     ):
         with pytest.raises(InputError, match=f"={selection} trusts nothing in toy: {words}"):

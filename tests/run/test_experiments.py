@@ -88,7 +88,7 @@ def test_the_table_gives_means_of_results_over_pooled_seeds(runs, tmp_path, caps
     part = [float(row["score"]) for row in rows_of(runs / "part")[-2:]]
     assert rows[2]["last"] == pytest.approx(np.mean(part)) and np.isnan(rows[2]["behaviour"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line[: len(label)] for line, label in zip(lines[1:], labels, strict=True)] == labels
+    assert [line[: len(label)] for line, label in zip(lines[1:-1], labels, strict=True)] == labels
 
 
 def test_the_picture_has_means_bands_and_the_switch(runs, tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_what_a_film_needs_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no usable checkpoint .*nowhere"):
         watch(tmp_path / "nowhere", tmp_path / "x.mp4")
     run = train(tmp_path, "ssar-test/Undrawn-v0")
-    with pytest.raises(InputError, match=r"cannot be drawn \(no display\): .*set MUJOCO_GL=egl or"):
+    with pytest.raises(InputError, match=r"cannot be drawn \(no display\): install what"):
         watch(run, tmp_path / "x.mp4")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(InputError, match="pip install imageio imageio-ffmpeg"):

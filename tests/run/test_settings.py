@@ -131,7 +131,7 @@ IMPOSSIBLE = [
     ("return_threshold", None, "selection=return needs a --config.return_threshold"),
     ("offline_steps", 0, "leaves nothing to do: give it or --config.online_steps"),
     ("coefficient_init", 0.0, "leaves nothing to adapt: give more, or coefficient=fixed"),
-    ("dataset", None, "needs a --config.dataset"),
+    ("dataset", None, "needs data: give --config.dataset="),
     ("cql: num_sampled_actions", 0, "must be at least 1"),
     ("cql: cql_temperature", 0.0, "must be at least 1e-06"),
     ("cql: critic_layers", (3,), "must have a number of layers for each critic"),
@@ -156,7 +156,7 @@ def test_impossible_settings_are_named(field, value, words):
 def test_settings_that_depend_on_others():
     check_settings(tiny_config(coefficient="fixed", return_threshold=None))
     alone = {"offline_steps": 0, "online_steps": 40, "coefficient": "fixed"}
-    with pytest.raises(InputError, match="buffer_init=half needs a --config.dataset; only"):
+    with pytest.raises(InputError, match="buffer_init=half needs data: give --config.dataset="):
         check_settings(tiny_config(dataset="", buffer_init="half", **alone))
     check_settings(tiny_config(dataset="", buffer_init="none", eval_interval=5, **alone))
     with pytest.raises(InputError, match="warmup_steps=40 leaves no update in --config.online_st"):
@@ -218,6 +218,7 @@ STRICT = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 STRICT |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_TRANSFER_GUARD": "disallow"}
 
 
+@pytest.mark.slow
 def test_strict_modes_of_jax_that_the_shell_sets_do_no_harm(tmp_path):
     data, env = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(120)), os.environ | STRICT
     settings = f"from toys import *; get_config = lambda: tiny_config({data!r}, 'ssar_cql', "

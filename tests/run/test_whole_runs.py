@@ -317,6 +317,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_failures_are_named_on_the_screen_in_results_and_picture(
     case, data, tmp_path, monkeypatch, capsys
