@@ -79,9 +79,7 @@ class Run:
                 self._held.close()
                 self._held.enter_context(lock_folder(workdir))
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
-            totals = {"iql": config.iql_steps, "offline": config.offline_steps}
-            totals["online"] = config.online_steps
-            plan = [f"{PURPOSE[x]} ({totals[x]:,} steps)" for x in planned_phases(config)]
+            plan = [f"{PURPOSE[x]} ({n:,} steps)" for x, n in planned_phases(config).items()]
             print(f"begins {workdir}: {', then '.join(plan)}")
             print("compiling, 10 to 40 s on a CPU unless these programs are known", flush=True)
         os.makedirs(self._unfinished, exist_ok=True)
@@ -125,9 +123,8 @@ class Run:
 
     def _announce(self, seconds):
         """Says which part of the run has begun, and how long it takes."""
-        phase, phases = self._phase, planned_phases(self._config)
-        text = f"{phases.index(phase) + 1} of {len(phases)}: {PURPOSE[phase]}, "
-        text += f"{self._total:,} {self._bar.unit}s"
+        phase, phases = self._phase, list(planned_phases(self._config))
+        text = f"{phases.index(phase) + 1} of {len(phases)}: {PURPOSE[phase]}"
         if phase != "online":  # whose first steps make no updates
             text += f", about {tqdm.format_interval(seconds)} left"
         if phase == "iql":

@@ -136,11 +136,12 @@ def needs_iql(config) -> bool:
     return bool(adaptive and config.selection == "iql" and is_used)
 
 
-def planned_phases(config) -> list[str]:
-    """The parts of the run, in their order."""
-    is_offline = config.offline_steps and not config.offline_checkpoint
-    planned = {"iql": needs_iql(config), "offline": is_offline, "online": config.online_steps}
-    return [phase for phase in planned if planned[phase]]
+def planned_phases(config) -> dict[str, int]:
+    """The parts of the run in their order, and how many steps each has."""
+    steps = {"iql": config.iql_steps * needs_iql(config), "offline": config.offline_steps}
+    steps |= {"offline": 0} if config.offline_checkpoint else {}
+    steps["online"] = config.online_steps
+    return {phase: steps[phase] for phase in steps if steps[phase]}
 
 
 def divisors(number: int, factor: int) -> list[int]:

@@ -88,23 +88,24 @@ FORMS = {
     "--seeds 1 8 32 --dims=ant --precision=bfloat16": [1, 8, 32],
     "--growth": [1],
 }
-SHORT = ("td3bc", "cql")
-GROWN = [(case, seeds) for case in SHORT for seeds in (1, 2, 8, 1, 1)]
+GROWN = [("td3bc", seeds) for seeds in (1, 2, 8, 1, 1)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "--updates-only"])
 def test_every_documented_form_runs_to_its_end(tmp_path, form):
-    lines, rows = run_tiny(tmp_path, form, SHORT)
-    base = [(case, seeds) for seeds in FORMS[form] for case in SHORT]
+    """--updates-only is in another one."""
+    cases = ("td3bc",) if form else ("td3bc", "cql")
+    lines, rows = run_tiny(tmp_path, form, cases)
+    base = [(case, seeds) for seeds in FORMS[form] for case in cases]
     assert rows == base + GROWN * ("--growth" in form)
     found = [line for line in lines if "evaluation_share 0." in line]
-    assert len(found) == (0 if "--updates-only" in form else 2)
+    assert len(found) == (0 if "--updates-only" in form else len(cases))
     assert (tmp_path / "speed.csv").exists() == ("--csv" in form)
 
 
 def test_no_other_form_is_documented():
-    names = ("README.md", "docs/performance.md", "benchmarks/speed.py")
+    names = ("README.md", "CONTRIBUTING.md", "docs/performance.md", "benchmarks/speed.py")
     text = "".join((ROOT / name).read_text() for name in names)
     shown = {
         re.sub(r"[\[\]]", "", x) for x in re.findall(r"python benchmarks/speed\.py([^`\n]*)", text)
