@@ -206,7 +206,7 @@ def test_online_no_row_is_lost_or_doubled(whole, data, tmp_path):
 @pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
 def test_sigkill_at_random_moments(script):
     """A short form of kill_runs.py: processes, offline with labelling, and online."""
-    command = [sys.executable, Path(__file__).parent / "kill_runs.py", "--kills=3", script]
+    command = [sys.executable, Path(__file__).parent / "kill_runs.py", "--kills=2", script]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("runs as without") == 2
