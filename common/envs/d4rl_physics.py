@@ -7,12 +7,16 @@ benchmarks/physics.py hopper_medium-v2.hdf5` compares this with the states that 
 """
 
 import copy
+import sys
 
 import mujoco
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from common.run.errors import InputError
+
+# Gymnasium's models use old attributes, of which MuJoCo warns for every environment.
+mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(text, file=sys.stderr))
 
 MODELS = ("Hopper", "HalfCheetah", "Walker2d")
 INERTIA = ("body_mass", "body_inertia", "body_ipos", "body_iquat")
