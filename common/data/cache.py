@@ -19,7 +19,7 @@ FIELDS += ("target_update_rate", "matmul_precision")
 def locked(path: str, doing: str):
     """Holds the lock file `path`; `doing` is what a process does that others wait for.
 
-    Where there are no locks, or none may be made, prints a warning and goes on without.
+    Where no lock can be made, it prints a warning and continues without one.
     """
     lock, waits = filelock.FileLock(path), False
     while not lock.is_locked:
