@@ -198,7 +198,7 @@ def descend(loss, params, optimizer, opt_state, *args):
 def episodes_of(rewards, ends):
     """First row, number of rows and undiscounted return of each episode: three arrays [episodes].
 
-    rewards: float [N]. ends: bool [N], true in the last row of each episode and of all.
+    rewards: float [N]. ends: bool [N], true in each episode's last row, so also at the end.
     """
     first = np.r_[0, np.flatnonzero(ends)[:-1] + 1]
     lengths = np.diff(np.r_[first, len(ends)])
@@ -476,7 +476,7 @@ def modify_reward(reward, config):
 
 
 def update_keys(key, step):
-    """The two keys of update `step`, for its batch and its noise, in calls of any length."""
+    """The two keys of update `step`, for batch and noise, however long a call is."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 
@@ -578,7 +578,7 @@ def select_trusted(rewards, ends, label, config):
     elif config.selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
     elif config.selection == "success":
-        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)  # raw: 0
+        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)  # of reward 0
     else:
         trusted = label()
     return np.broadcast_to(trusted, (config.num_seeds, len(rewards)))

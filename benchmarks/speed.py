@@ -232,8 +232,8 @@ def write(path, text):
         os.replace(f"{path}.tmp", path)
 
 
-def main(arguments=None):
-    """Measures what the command line asks for; prints and writes each row at once."""
+def parse(arguments):
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     option = parser.add_argument
     option("--out", help="also write all results to this JSON file")
@@ -244,7 +244,12 @@ def main(arguments=None):
     option("--updates-only", "--quick", action="store_true", help="without environments")
     option("--growth", action="store_true", help="add more data, seeds, batch and actions")
     option("--compile-for", choices=[*compile_for.DEVICES], help="count kernels instead")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Measures what the command line asks for; prints and writes each row at once."""
+    args = parse(arguments)
     env, *dims = DIMS[args.dims]
     if args.compile_for:
         compile_for.prepare(args.compile_for)

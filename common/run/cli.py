@@ -69,15 +69,16 @@ def run(main, name: str) -> None:
     try:
         options, settings = _parse(name)
         config = load_config(name, options.config, settings)
+        if options.distributed:
+            join_hosts(options.distributed, config)
         workdir = default_folder(name, config, settings)
-        workdir = absolute(workdir if options.workdir is None else options.workdir)
+        if options.workdir is not None:
+            own = [str(config.seed)] if options.distributed else []
+            workdir = os.path.join(absolute(options.workdir), *own)
         warnings.filterwarnings("ignore", ".*persistent compilation cache")  # compiles again
         if not jax.config.jax_compilation_cache_dir:
             folder = os.path.join(absolute(config.cache_dir, "--config.cache_dir"), "compiled")
             jax.config.update("jax_compilation_cache_dir", folder)
-        if options.distributed:
-            join_hosts(options.distributed, config)
-            workdir = os.path.join(workdir, str(config.seed))
         main(config, workdir, options.resume)
     except Stopped as stopped:
         where = close_run()
