@@ -20,16 +20,6 @@ class Episodes(NamedTuple):
     success: np.ndarray  # [S, E], 1 if the environment ever reported success; NaN if it never does
 
 
-class Finished(NamedTuple):
-    """An episode of online training."""
-
-    step: int  # the environment step at which it ended
-    slot: int  # its seed's place among the seeds
-    episode_return: float
-    length: int
-    success: float  # NaN if the environment reports none
-
-
 class Outcome(NamedTuple):
     """One step in the environment of each of S seeds."""
 
@@ -37,7 +27,7 @@ class Outcome(NamedTuple):
     next_obs: np.ndarray  # float32 [S, O], standardised; the last of an episode if that has ended
     terminated: np.ndarray  # float32 [S], 1 where the task ended, 0 at a time limit
     obs: np.ndarray  # float32 [S, O], to act in next: next_obs, or the start of a new episode
-    finished: list[Finished]  # episodes that ended with this step
+    finished: list[dict]  # rows of episodes.csv: the episodes that ended with this step
 
 
 class Evaluator:
@@ -71,7 +61,7 @@ class Collector:
 
     def __init__(self, dataset: Dataset, num_seeds: int, seed: int):
         self.slots = [Slot(dataset.env, dataset.observation_keys) for _ in range(num_seeds)]
-        self.normalizer, self.env_id = dataset.normalizer, dataset.env.id
+        self.normalizer, self.env_id, self.first_seed = dataset.normalizer, dataset.env.id, seed
         # The last seed of each block; evaluations take the first.
         self.seeds = [(SEED_BLOCK * (seed + i + 1) - 1) % 2**31 for i in range(num_seeds)]
 
@@ -91,7 +81,8 @@ class Collector:
         next_obs = self._observations()
         for i, slot in enumerate(self.slots):
             if any(results[i][1:]):
-                finished.append(Finished(self.steps, i, slot.total, slot.length, slot.success))
+                row = {"step": self.steps, "seed": self.first_seed + i, "return": slot.total}
+                finished.append(row | {"length": slot.length, "success": slot.success})
                 slot.start()
         reward, terminated, _ = np.array(results, np.float32).T
         if not np.isfinite(reward).all():  # it would spoil the buffer and every later update

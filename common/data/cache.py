@@ -1,42 +1,17 @@
-"""Results that take long: one process makes them, the others wait, and a file keeps them."""
+"""IQL's labels: one process makes them, the others wait, and a file keeps them."""
 
 import contextlib
 import os
 import sys
 
-import filelock
 import numpy as np
 
 from common.data.dataset import fingerprint
-from common.run.stopping import stop_if_told
+from common.run.workdir import locked
 
-# Besides the data, what the labels that IQL makes depend on.
+# Besides the data, what the labels depend on.
 FIELDS = ("seed", "num_seeds", "expectile", "iql_steps", "batch_size", "discount")
 FIELDS += ("target_update_rate", "matmul_precision")
-
-
-@contextlib.contextmanager
-def locked(path: str, doing: str):
-    """Holds the lock file `path`; `doing` is what a process does that others wait for.
-
-    Where no lock can be made, it prints a warning and continues without one.
-    """
-    lock, waits = filelock.FileLock(path), False
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=1 if waits else 0)
-        except filelock.Timeout:
-            if not waits:
-                print(f"waiting for the process that {doing} ({path})", file=sys.stderr, flush=True)
-            waits = True
-            stop_if_told()
-        except OSError as error:
-            _warn(path, "locked", error, "start one run at a time")
-            break
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def cached_labels(make, data, config) -> np.ndarray:
@@ -47,7 +22,8 @@ def cached_labels(make, data, config) -> np.ndarray:
     arrays = fingerprint(*(np.asarray(x) for x in data if x is not None))
     name = "-".join(map(str, (arrays, *(config[field] for field in FIELDS))))
     path = os.path.join(os.path.expanduser(config.cache_dir), "labels", f"{name}.npz")
-    with locked(f"{path}.lock", "makes these labels"):
+    busy = f"waiting for the process that makes the labels {path}"
+    with locked(f"{path}.lock", busy, waits=True):
         # Missing or broken: NumPy and zipfile raise many kinds.
         with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
             return file["trusted"]
@@ -56,10 +32,6 @@ def cached_labels(make, data, config) -> np.ndarray:
             np.savez(f"{path}.new.npz", trusted=labels)  # with checksums
             os.replace(f"{path}.new.npz", path)
         except OSError as error:
-            _warn(path, "kept", error, "set --config.cache_dir")
+            what = f"{path} cannot be kept ({error.strerror or error}): set --config.cache_dir"
+            print(f"warning: {what}", file=sys.stderr, flush=True)
     return labels
-
-
-def _warn(path, what, error, fix):
-    reason = error.strerror or error
-    print(f"warning: {path} cannot be {what} ({reason}): {fix}", file=sys.stderr, flush=True)

@@ -1,8 +1,14 @@
 """D4RL's data sets by name: their files, environments and scores."""
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from common.envs.make import brief
+from common.run.errors import InputError
+from common.run.workdir import absolute
 
 # Robots: the Gymnasium task of the same rewards, and D4RL's random and expert returns, between
 # which score = 100 (return - random) / (expert - random).
@@ -18,7 +24,8 @@ ANTMAZE = {
     "medium": ("big-maze", {"-play": (True, False), "-diverse": (True, True)}),
     "large": ("hardest-maze", {"-play": (True, False), "-diverse": (True, True)}),
 }
-SERVER = "https://rail.eecs.berkeley.edu/datasets/offline_rl"
+# All of D4RL's files on Hugging Face. The pinned revision holds the robots' only.
+MIRROR, PINNED = "imone/D4RL", "9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5"
 
 
 class Task(NamedTuple):
@@ -26,7 +33,7 @@ class Task(NamedTuple):
 
     name: str
     file: str  # D4RL's name for it
-    url: str
+    revision: str  # of the mirror
     env_id: str
 
 
@@ -34,16 +41,40 @@ def _tasks():
     for robot, (env_id, _) in ROBOTS.items():
         for quality in QUALITIES:
             file = f"{robot}_{quality.replace('-', '_')}-v2.hdf5"
-            yield Task(f"{robot}-{quality}-v2", file, f"{SERVER}/gym_mujoco_v2/{file}", env_id)
+            yield Task(f"{robot}-{quality}-v2", file, PINNED, env_id)
     for maze, (label, kinds) in ANTMAZE.items():
         for kind, (starts, goals) in kinds.items():
             file = f"Ant_maze_{label}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
-            name, env_id = f"antmaze-{maze}{kind}-v2", f"ssar-jax/AntMaze-{maze}-v2"
-            yield Task(name, file, f"{SERVER}/ant_maze_v2/{file}", env_id)
+            yield Task(f"antmaze-{maze}{kind}-v2", file, "main", f"ssar-jax/AntMaze-{maze}-v2")
 
 
 TASKS = {task.name: task for task in _tasks()}
 FILES = {task.file: task for task in TASKS.values()}
+
+
+def fetch(task: Task) -> str:
+    """Path of the task's file in D4RL's own folder, downloaded unless it is there.
+
+    The folder is D4RL_DATASET_DIR or ~/.d4rl/datasets. Raises InputError if the download fails.
+    """
+    name = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
+    folder = absolute(name, "D4RL_DATASET_DIR")
+    path = Path(folder, task.file)
+    if path.is_file():
+        return str(path)
+    print(f"downloading {task.file} into {folder}, once", flush=True)
+    try:
+        from huggingface_hub import hf_hub_download  # resumes, and lets other processes wait
+
+        place = {"repo_type": "dataset", "revision": task.revision, "local_dir": folder}
+        return hf_hub_download(MIRROR, task.file, **place)
+    except Exception as error:  # the client raises many kinds
+        raise InputError(
+            f"cannot download {task.file} from huggingface.co/datasets/{MIRROR} into {folder} "
+            f"({brief(error.__cause__ or error)}): set D4RL_DATASET_DIR for another folder or "
+            "HF_ENDPOINT for another mirror, or download the file yourself and give "
+            "--config.dataset_path=<file>"
+        ) from None
 
 
 def reference_of(metadata, env_name: str) -> tuple[float, float] | None:

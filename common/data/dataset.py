@@ -45,7 +45,6 @@ class Dataset:
     physics: str = "stock"  # d4rl: with the capsules of older MuJoCo builds
     observation_keys: tuple[str, ...] | None = None  # of dictionary observations, in column order
     rescaled: str = ""  # the environment's bounds of actions, unless they are -1 and 1
-    scattered: float = 0.0  # share of rows followed by a row that is not their successor
 
     def __str__(self):
         scores = "raw returns, because there are no reference scores"

@@ -11,8 +11,8 @@ import minari
 import numpy as np
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from common.data.cache import locked
 from common.envs.make import env_spec
+from common.run.workdir import locked
 
 EPISODES = 600
 # Name: id of the data set, environment, returns between which scores are normalised.
@@ -52,7 +52,8 @@ def demo_dataset_id(name: str) -> str:
     dataset_id = DEMOS[name][0]
     if _is_complete(dataset_id):
         return dataset_id
-    with locked(get_dataset_path(".ssar-jax.lock"), "records the demo"):
+    busy = "waiting for the process that records the demo"
+    with locked(get_dataset_path(".ssar-jax.lock"), busy, waits=True):
         if not _is_complete(dataset_id):
             print(f"recording the {name} data set, once (a few seconds)", flush=True)
             shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)

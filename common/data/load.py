@@ -6,7 +6,6 @@ import numpy as np
 
 from common.data import d4rl
 from common.data.dataset import Dataset, find_episode_ends, fingerprint, fit_normalizer
-from common.data.download import fetch
 from common.data.hdf5 import NEEDED, read_hdf5
 from common.envs.d4rl_physics import d4rl_physics, is_known
 from common.envs.make import env_spec, try_env
@@ -32,7 +31,7 @@ def load_dataset(config) -> Dataset:
         columns = {"observations": obs, "next_observations": obs, "actions": actions}
         columns |= {"rewards": np.zeros(0, np.float32), "terminals": np.zeros(0, bool)}
     columns["actions"], rescaled = _rescale(source, columns["actions"], bounds, spec.id)
-    columns, scattered = transitions(source, columns, config.d4rl_rows, spec.max_episode_steps)
+    columns = transitions(source, columns, config.d4rl_rows, spec.max_episode_steps)
     normalizer = fit_normalizer(columns["observations"], config.normalize_observations)
     for key in ("observations", "next_observations"):
         columns[key] = normalizer(columns[key])
@@ -46,7 +45,6 @@ def load_dataset(config) -> Dataset:
         physics=physics,
         observation_keys=keys,
         rescaled=rescaled,
-        scattered=scattered,
     )
     print(dataset, flush=True)
     return dataset
@@ -64,7 +62,7 @@ def _read(config, keys):
         path = path or stem
     task = d4rl.TASKS.get(stem) or d4rl.FILES.get(os.path.basename(path or ""))
     if path or task:
-        path = path or fetch(task)
+        path = path or d4rl.fetch(task)
         return path, task, read_hdf5(path, env, task)
     from common.data.demo import DEMOS, demo_dataset_id  # Minari is imported only if needed
     from common.data.minari import read_minari
@@ -91,7 +89,7 @@ def _rescale(source, actions, bounds, env_id) -> tuple[np.ndarray, str]:
 
 
 def transitions(source, columns, rows: str, max_steps: int | None):
-    """The rows with known successors; the share of all rows that the next row does not follow.
+    """The columns of all rows with known successors, with their successors and episode ends.
 
     rows=all: every row with a recorded successor; if none are recorded, every row that the next row
     follows or where the task ended. rows=qlearning: D4RL's qlearning_dataset, which always takes
@@ -106,9 +104,7 @@ def transitions(source, columns, rows: str, max_steps: int | None):
     ends = find_episode_ends(obs, successors, terminals | timeouts, max_steps)
     found = {key: columns[key] for key in NEEDED}
     if successors is not None:
-        gaps = (ends & ~terminals & ~timeouts)[:-1]
-        found |= {"next_observations": successors, "episode_ends": ends}
-        return found, float(gaps.sum() / max(len(ends), 1))
+        return found | {"next_observations": successors, "episode_ends": ends}
     keep = ~ends | terminals
     if rows == "qlearning":
         keep = ~(timeouts if "timeouts" in columns else ends & ~terminals)
@@ -120,4 +116,4 @@ def transitions(source, columns, rows: str, max_steps: int | None):
     found = {key: column[kept] for key, column in found.items()}
     found["next_observations"] = obs[np.minimum(kept + 1, len(ends) - 1)]
     found["episode_ends"] = np.r_[episode[1:] != episode[:-1], True]
-    return found, 0.0
+    return found

@@ -39,17 +39,14 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text):
-        with self._dropping():
-            self._stream.write(text)
+        self._try(lambda: self._stream.write(text))
 
     def flush(self):
-        with self._dropping():
-            self._stream.flush()
+        self._try(lambda: self._stream.flush())
 
-    @contextlib.contextmanager
-    def _dropping(self):
+    def _try(self, action):
         try:
-            yield
+            action()
         except (OSError, ValueError):  # full, gone or closed
             nowhere = open(os.devnull, "w")  # what waits in a buffer goes there too
             with contextlib.suppress(OSError, ValueError):

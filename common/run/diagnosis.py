@@ -36,15 +36,6 @@ def broken_parts(content, name="") -> list[str]:
     return [name] if content.dtype.kind == "f" and not np.isfinite(content).all() else []
 
 
-def likely_cause(config, dataset) -> str:
-    """Why training may have diverged, and what to do."""
-    rewards = config.reward_scale * np.append(dataset.rewards, 1.0) + config.reward_bias
-    value = np.abs(rewards).max() / max(1 - config.discount, 1e-3)
-    if not value <= 1e4:
-        return f"rewards make values of up to {value:.3g}: lower --config.reward_scale"
-    return "lower --config.critic_lr and --config.actor_lr, or --config.n_end if n was growing"
-
-
 def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
     """What the data and the evaluations warn of, the latter for each seed.
 
@@ -60,9 +51,6 @@ def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
         found.append(f"{what}; lower return_threshold or select by iql")
     if thinnest == 1 and selects and config.offline_steps:
         found.append(f"selection={config.selection} trusts every transition: it selects nothing")
-    if dataset.scattered > 0.5:
-        what = f"scattered rows: {dataset.scattered:.0%} of the rows do not precede their successor"
-        found.append(f"{what}, so episodes are in pieces; keep the recorded order")
     if adaptive and not (config.offline_steps or config.offline_checkpoint):
         found.append("untrained coefficient: it learns offline only; give coefficient=fixed")
     returns = [0.0, *dataset.returns, *(row["return_mean"] for row in records.evaluations)]

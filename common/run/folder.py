@@ -111,7 +111,7 @@ class Run:
 
     def steps(self, until: int, size: int = 1):
         """Yields the number of steps done after each compiled call of `size`, up to `until`."""
-        self._size, calls, spent = size, self._clock.calls[self._phase], self._clock.spent
+        self._size, calls, spent = size, self._clock.calls[self._phase, size], self._clock.spent
         while self.step + size <= until:
             began = time.perf_counter() - spent["writing"]
             self.step += size
@@ -134,11 +134,8 @@ class Run:
 
     def log(self, step: int, metrics: dict, finished=()) -> None:
         """Adds the metrics, [S] each, of a compiled call, and episodes. Raises Diverged."""
-        for episode in finished:
-            score, seed = self._dataset.score(episode.episode_return), self._config.seed
-            row = {"step": episode.step, "seed": seed + episode.slot, "score": score}
-            row |= {"return": episode.episode_return, "length": episode.length}
-            self._records.episodes.append(row | {"success": episode.success})
+        for row in finished:
+            self._records.episodes.append(row | {"score": self._dataset.score(row["return"])})
         self._pending.append((step, metrics))
         if self._phase != "online" or len(self._pending) >= 500:
             self._collect()
@@ -161,12 +158,12 @@ class Run:
         broken.sort(key=lambda name: ("beta" not in name, "loss" not in name))
         where = f"updates {step - self._size + 1} to {step}"
         where = f"environment step {step}" if self._phase == "online" else where
-        cause = diagnosis.likely_cause(self._config, self._dataset)
         kept = "no checkpoint was due before"
         if self._saved:
             kept = f"the last finite checkpoint, {self._saved}, stays in {self._unfinished}"
         names = ", ".join(broken[:4])
-        raise Diverged(f"diverged: {names} not finite in {where} ({self._phase}): {cause}; {kept}")
+        fix = "lower --config.reward_scale or the learning rates"
+        raise Diverged(f"diverged: {names} not finite in {where} ({self._phase}): {fix}; {kept}")
 
     def save(self, step: int, tree) -> None:
         """Writes a checkpoint if one is due; raises Stopped afterwards if told to stop.
@@ -241,7 +238,7 @@ class Run:
         results = {"algorithm": self._script, "task": config.task, "seeds": self._records.seeds}
         results |= self._records.results() | {"n_stopped_at": stops, "warnings": warnings}
         results = as_json(results | {"trusted_fraction": fractions})
-        timing = self._clock.report(config, self._earlier)
+        timing = self._clock.report(self._earlier)
         path = lambda name: os.path.join(self.workdir, name)
         plot_run(path("learning_curve.png"), self._records, results, config)
         write_json(path("timing.json"), timing)
@@ -251,9 +248,9 @@ class Run:
             os.remove(path("lock"))
         close_run()
         print_table(results)
-        speed = f"{timing['updates_per_second'] or 0:.0f} updates/s by the median"
+        speeds = [f"{x:.0f} {phase} steps/s" for phase, x in timing["steps_per_second"].items()]
         shares = ", ".join(f"{name} {x:.0%}" for name, x in timing["shares"].items())
-        print(f"{speed}; {timing['wall_seconds']:.0f} s in all: {shares}")
+        print(f"{', '.join(speeds)}; {timing['wall_seconds']:.0f} s in all: {shares}")
         print(f"-> {self.workdir}", flush=True)
         self._warned.clear()
         self._warn(warnings)

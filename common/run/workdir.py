@@ -1,7 +1,6 @@
 """Run folders: whose they are, what they hold, and how an earlier run makes room."""
 
 import contextlib
-import errno
 import glob
 import json
 import os
@@ -10,6 +9,7 @@ import sys
 import filelock
 
 from common.run.errors import InputError
+from common.run.stopping import stop_if_told
 
 # Of a run that is worth keeping.
 TRACES = ("scores.csv", "*.msgpack", "unfinished/*.msgpack", "unfinished/*.broken")
@@ -76,19 +76,38 @@ def check_folder(workdir: str, config, resume: bool, may_change) -> None:
         check_same(settings, config, may_change, f"{flag} holds a run", fix)
 
 
-def lock_folder(workdir: str):
-    """The lock of a run folder, held until it is released or the process ends."""
-    lock = filelock.FileLock(os.path.join(workdir, "lock"))
+@contextlib.contextmanager
+def locked(path: str, busy: str, waits: bool = False):
+    """Holds the lock file `path`; where no lock can be made, it warns and continues without one.
+
+    When another process holds it: waits, printing `busy` once, or raises InputError(busy).
+    """
+    lock, said = filelock.FileLock(path), False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=1 if said else 0)
+        except filelock.Timeout:
+            if not waits:
+                raise InputError(busy) from None
+            if not said:
+                print(busy, file=sys.stderr, flush=True)
+            said = True
+            stop_if_told()
+        except OSError as error:
+            what = f"{path} cannot be locked ({error.strerror}): start one run at a time"
+            print(f"warning: {what}", file=sys.stderr, flush=True)
+            break
     try:
-        return lock.acquire(timeout=0)
-    except filelock.Timeout:
-        fix = "wait for it, stop it, or choose another folder"
-        raise InputError(f"--workdir={workdir} is in use by another process: {fix}") from None
-    except OSError as error:
-        if error.errno != errno.ENOLCK:
-            raise
-        print(f"warning: {workdir} cannot be locked: start one run there only", file=sys.stderr)
-        return contextlib.nullcontext()
+        yield
+    finally:
+        lock.release()
+
+
+def lock_folder(workdir: str):
+    """The lock of a run folder. Entering it raises InputError if another process holds it."""
+    fix = "wait for it, stop it, or choose another folder"
+    busy = f"--workdir={workdir} is in use by another process: {fix}"
+    return locked(os.path.join(workdir, "lock"), busy)
 
 
 def set_aside(workdir: str) -> bool:
@@ -100,7 +119,8 @@ def set_aside(workdir: str) -> bool:
         number += 1
     os.rename(workdir, aside)
     os.makedirs(workdir)
-    os.remove(os.path.join(aside, "lock"))
+    with contextlib.suppress(OSError):
+        os.remove(os.path.join(aside, "lock"))
     print(f"the earlier run in {workdir} is now {aside}", file=sys.stderr)
     return True
 

@@ -64,14 +64,14 @@ def test_several_processes_make_labels_once(tmp_path, capsys):
         begun.wait(60)
         second = pool.submit(cached_labels, None, DATA, settings(tmp_path))
         err = ""
-        while "waiting for the process that makes these labels" not in err:
+        while "waiting for the process that makes the labels" not in err:
             err += capsys.readouterr().err
         proceed.set()
         np.testing.assert_array_equal(first.result(60), second.result(60))
 
 
 def test_who_waits_for_labels_can_be_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.data.cache.stop_if_told", mock.Mock(side_effect=Stopped(15)))
+    monkeypatch.setattr("common.run.workdir.stop_if_told", mock.Mock(side_effect=Stopped(15)))
     cached_labels(lambda: LABELS, DATA, settings(tmp_path))
     (file,) = (tmp_path / "labels").glob("*.npz")
     file.unlink()

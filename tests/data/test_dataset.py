@@ -43,7 +43,7 @@ def test_episodes_against_a_plain_loop(flags, max_steps):
     columns |= {"actions": obs, "rewards": rewards}
     expected = [i for i in range(rows) if i not in last or terminals[i]]
     if expected:
-        kept, _ = transitions("test", columns, "all", max_steps)
+        kept = transitions("test", columns, "all", max_steps)
         assert kept["observations"][:, 0].tolist() == expected
 
 

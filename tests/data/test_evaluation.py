@@ -123,11 +123,12 @@ def test_collected_rows_are_those_of_a_loop_by_hand(walk, env_id):
             assert outcomes[t].reward[i] == np.float32(reward)
             assert outcomes[t].terminated[i] == terminated
             np.testing.assert_allclose(outcomes[t].next_obs[i], standardise(obs), rtol=1e-6)
-            finished = [episode[2:4] for episode in outcomes[t].finished if episode.slot == i]
+            finished = [row for row in outcomes[t].finished if row["seed"] == 3 + i]
             assert len(finished) == (terminated or truncated)
             if finished:
                 terminals, limits = terminals + terminated, limits + (not terminated)
-                assert finished[0] == pytest.approx((total, length), rel=1e-5)
+                assert finished[0]["return"] == pytest.approx(total, rel=1e-5)
+                assert finished[0]["length"] == length and finished[0]["step"] == t + 1
                 obs, _ = env.reset()
                 total, length = 0.0, 0
     assert terminals and limits
@@ -140,7 +141,7 @@ def test_resumed_training_does_not_repeat_the_first_episodes(walk):
     envs = Collector(walk, 1, seed=0)
     envs.reset(50)
     finished = [episode for _ in range(20) for episode in envs.step(STILL[:1]).finished]
-    assert finished[0].step == 50 + finished[0].length
+    assert finished[0]["step"] == 50 + finished[0]["length"]
 
 
 def test_actions_that_are_not_finite_are_not_blamed_on_the_environment(walk):

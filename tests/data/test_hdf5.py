@@ -57,10 +57,7 @@ def test_recorded_time_outs_come_before_the_step_limit(tmp_path):
     data = load(write(tmp_path, columns))
     assert data.env.max_episode_steps == 7
     assert set(np.diff(np.flatnonzero(data.episode_ends))[:-1]) == {10}
-    assert not data.terminals.any() and data.scattered == 0
-    order = np.random.default_rng(0).permutation(len(columns["rewards"]))
-    shuffled = {name: column[order] for name, column in columns.items()}
-    assert load(write(tmp_path, shuffled)).scattered > 0.5
+    assert not data.terminals.any()
 
 
 @pytest.mark.parametrize("stored", ["timeouts", "both", "limit"])

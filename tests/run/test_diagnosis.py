@@ -8,14 +8,14 @@ import pytest
 from comparing import rows_of
 from toys import frozen
 
-from common.run.diagnosis import broken_parts, check_trusted, likely_cause, warnings
+from common.run.diagnosis import broken_parts, check_trusted, warnings
 from common.run.errors import InputError
 from common.run.plot import plot_run
 from common.run.records import Records, print_table
 from common.run.workdir import as_json
 
 DATA = SimpleNamespace(rewards=np.ones(4, np.float32), returns=np.full(1, 30.0), physics="stock",
-                       reference=(0.0, 100.0), score=np.asarray, scattered=0.0, source="toy",
+                       reference=(0.0, 100.0), score=np.asarray, source="toy",
                        fingerprint="0", episode_ends=np.array([0, 0, 0, 1], bool),
                        env=SimpleNamespace(id="toy"))  # fmt: skip
 BETA = {"beta_min": 1.0, "beta_mean": 1.0, "beta_max": 1.0, "anneal": 1.0}
@@ -95,11 +95,10 @@ def test_a_drop_at_the_switch_is_named_if_the_coefficient_is_near_zero():
 
 
 def test_other_warnings():
-    steady, scattered = rows([50] * 3, trusted_fraction=0.004), vars(DATA) | {"scattered": 0.9}
+    steady = rows([50] * 3, trusted_fraction=0.004)
     assert named(steady, trusted=None) == ["thin sub-dataset"]  # by the batches
     assert named(rows([50] * 3), trusted=None) == []
     assert named(steady, trusted=1.0) == ["selection=return trusts every transition"]
-    assert named(steady, data=SimpleNamespace(**scattered)) == ["scattered rows"]
     assert named(steady, offline_steps=0, online_steps=40) == ["untrained coefficient"]
 
 
@@ -146,17 +145,6 @@ def test_wandb_gets_settings_curves_and_final_scores(tmp_path, monkeypatch):
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"seed_4/offline_normalized_eval_score" in path.read_bytes()
     assert b"mean_last_10" in path.read_bytes()
-
-
-def test_the_likely_cause_follows_the_evidence():
-    lower = "lower --config.critic_lr"
-    for scale, rewards, words in (
-        (500.0, [1], "rewards make values of up to 5e+04: lower --config.reward_scale"),
-        (1.0, [6], lower),  # Hopper's
-        (1.0, [], lower),
-    ):
-        data = SimpleNamespace(rewards=np.array(rewards, np.float32))
-        assert likely_cause(frozen(reward_scale=scale), data).startswith(words)
 
 
 def test_broken_parts_are_named_after_the_fields():

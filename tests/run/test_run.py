@@ -104,8 +104,7 @@ def test_the_folder_holds_what_was_measured(whole):
     np.testing.assert_array_equal(results["best"], scores[4:].max(axis=0))
     np.testing.assert_array_equal(results["mean_last_10"], scores[4:].mean(axis=0))
     timing = json.loads((whole / "timing.json").read_text())
-    for key in ("updates_per_second", "env_steps_per_second", "wall_seconds"):
-        assert timing[key] > 0
+    assert min(timing["steps_per_second"].values()) > 0
     assert 0 <= timing["compile_seconds"] < timing["wall_seconds"]
     assert json.loads((whole / "config.json").read_text())["updates_per_call"] == 4
     assert (whole / "learning_curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -376,9 +375,8 @@ def test_divergence_stops_at_once_and_keeps_the_last_checkpoint(tmp_path, monkey
     workdir = tmp_path / "run"
     diverge(monkeypatch, 6 + 5, metrics=["margin", "critic_loss"], parts=[])
     words = r"diverged: critic_loss, margin not finite in updates 17 to 20 \(offline\): lower "
-    words += (
-        f"--config.critic_lr.*; the last finite checkpoint, offline step 12, stays in {workdir}"
-    )
+    words += "--config.reward_scale or the learning rates; the last finite checkpoint, "
+    words += f"offline step 12, stays in {workdir}"
     with pytest.raises(Diverged, match=words):
         main(toy_config(), str(workdir))
     assert "offline-12.msgpack" in os.listdir(workdir / "unfinished")

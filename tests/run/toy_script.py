@@ -36,7 +36,7 @@ class Scores:
     episode_ends = np.array([0, 0, 1, 0, 0, 1], bool)
     normalizer = SimpleNamespace(mean=np.zeros(2, np.float32), std=np.ones(2, np.float32))
     env, physics, source = SimpleNamespace(id="Toy-v0"), "stock", "toy"
-    fingerprint, reference, scattered = "0" * 16, None, 0.0
+    fingerprint, reference = "0" * 16, None
 
     def score(self, value):
         return value
@@ -117,8 +117,8 @@ def finetune(state, run, config, met):
             if step > config.warmup_steps:
                 state, metrics = train(state, 1, online=True)
             if step % 5 == 0:
-                finished = [SimpleNamespace(step=step, slot=1, episode_return=-2.0, length=5,
-                                            success=float(step % 2))]  # fmt: skip
+                finished = [{"step": step, "seed": config.seed + 1, "return": -2.0, "length": 5,
+                             "success": float(step % 2)}]  # fmt: skip
             run.log(step, metrics, finished)
             run.save(step, (state, buffer))
         run.evaluate(end, partial(play, state), state.critic)
