@@ -61,7 +61,10 @@ class Dataset:
     @property
     def returns(self) -> np.ndarray:
         """Undiscounted return of every episode, in recorded rewards: float64 [episodes]."""
-        return episode_returns(self.rewards, self.episode_ends)
+        if not len(self.rewards):
+            return np.zeros(0)
+        first = np.r_[0, np.flatnonzero(self.episode_ends)[:-1] + 1]
+        return np.add.reduceat(self.rewards.astype(np.float64), first)
 
     def score(self, episode_return):
         """Normalised score, 100 = expert; the return itself without a reference."""
@@ -97,10 +100,3 @@ def find_episode_ends(obs, successors, ended, max_steps=None, tolerance=1e-6) ->
         position = np.arange(len(ends)) - np.repeat(first, np.diff(np.r_[first, len(ends)]))
         ends |= (position + 1) % max_steps == 0
     return ends
-
-
-def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Undiscounted return of every episode, float64 [episodes]."""
-    if not len(rewards):
-        return np.zeros(0)
-    return np.add.reduceat(rewards.astype(np.float64), np.r_[0, np.flatnonzero(ends)[:-1] + 1])

@@ -44,15 +44,10 @@ def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
     if trusted_fraction is None:
         rows = [records.of(seed, "offline") or [{}] for seed in records.seeds]
         trusted_fraction = [of_seed[-1].get("trusted_fraction", np.nan) for of_seed in rows]
-    found, adaptive = [], config.coefficient == "adaptive"
-    thinnest, selects = min(trusted_fraction), adaptive and config.selection != "none"
-    if thinnest < 0.01:
+    found = []
+    if (thinnest := min(trusted_fraction)) < 0.01:
         what = f"thin sub-dataset: only {thinnest:.2%} of the data is trusted"
         found.append(f"{what}; lower return_threshold or select by iql")
-    if thinnest == 1 and selects and config.offline_steps:
-        found.append(f"selection={config.selection} trusts every transition: it selects nothing")
-    if adaptive and not (config.offline_steps or config.offline_checkpoint):
-        found.append("untrained coefficient: it learns offline only; give coefficient=fixed")
     returns = [0.0, *dataset.returns, *(row["return_mean"] for row in records.evaluations)]
     returns = [x for x in returns if np.isfinite(x)]
     floor, top = dataset.reference or (min(returns), max(returns))

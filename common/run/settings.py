@@ -177,8 +177,7 @@ def scale_settings(config, given) -> None:
 
 def refuse(config, field, why):
     """Raises InputError for the value of a field."""
-    alias = " (cql_alpha)" if field == "coefficient_init" and "cql_alpha" in config else ""
-    raise InputError(f"--config.{field}={config[field]}{alias} {why}")
+    raise InputError(f"--config.{field}={config[field]} {why}")
 
 
 def check_bounds(config) -> None:

@@ -5,7 +5,7 @@ from golden_cases import HERE
 from helpers import settings
 
 import ssar_td3bc as ssar
-from common.data.dataset import episode_returns, find_episode_ends, fit_normalizer
+from common.data.dataset import find_episode_ends, fit_normalizer
 
 with np.load(HERE / "data_helpers.npz", allow_pickle=False) as file:
     GOLDEN = dict(file)
@@ -47,14 +47,14 @@ def test_the_best_episodes_come_in_the_authors_order():
 
 
 def test_returns_are_the_authors():
-    returns = episode_returns(REWARDS, ends_of(max_steps=MAX_STEPS))
+    _, _, returns = ssar.episodes_of(REWARDS, ends_of(max_steps=MAX_STEPS))
     np.testing.assert_allclose(returns.mean(), GOLDEN["avg_high_returns/none"], rtol=1e-6)
     high = returns[returns > 2].mean()
     np.testing.assert_allclose(high, GOLDEN["avg_high_returns/2"], rtol=1e-6)
     # Their reward range splits at terminals and the time limit, and drops an unfinished tail.
     for limit in (8, 1000):
         ends = ends_of(max_steps=limit, tolerance=np.inf)
-        returns = episode_returns(REWARDS, ends)
+        _, _, returns = ssar.episodes_of(REWARDS, ends)
         if not TERMINALS[-1] and len(ends) - 1 - np.flatnonzero(ends[:-1])[-1] < limit:
             returns = returns[:-1]
         expected = GOLDEN[f"reward_range/max{limit}"]

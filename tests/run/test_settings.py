@@ -137,7 +137,7 @@ IMPOSSIBLE = [
     ("cql: critic_layers", (3,), "must have a number of layers for each critic"),
     ("cql: clip_diff_min", NAN, "must be at least -inf"),
     ("cql: hidden_dims", (400, 300), "must be equal widths"),
-    ("cql: coefficient_init", -1.0, "coefficient_init=-1.0 (cql_alpha) must be at least 0"),
+    ("cql: coefficient_init", -1.0, "coefficient_init=-1.0 must be at least 0"),
 ]
 
 
