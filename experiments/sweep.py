@@ -4,12 +4,17 @@ r"""Runs scripts, tasks and seeds on this machine or, through submitit, on a SLU
     python experiments/sweep.py runs/fixed --tasks hopper-medium-v2 --seeds=5 --seeds-per-run=5 \
         --cluster=slurm --parallel=8 --slurm partition=gpu mem=16G -- --config.coefficient=fixed
 
+    python experiments/sweep.py runs/grid --tasks=custom --seeds=3 --vary n_end=2.0,3.0 \
+        dataset=d4rl:a.hdf5,d4rl:b.hdf5 -- --config.offline_steps=40000
+
 An algorithm is a script <name>.py in this repository with its settings in configs/<name>.py. A run
 does what `python <name>.py --config=configs/<name>.py:<task>` does with the settings after `--`.
-Its folder is <folder>/<name>/<task>/<first seed>. The same command skips finished runs, waits for
-those that the cluster still has, and resumes the rest. A cluster's job whose time is up is queued
-again and resumes. At the end, experiments/compare.py compares all finished runs in the folder, in
-<folder>/table.csv and in <folder>/<task>.png. The output of jobs is in <folder>/jobs.
+With --vary there is a run for every combination of the values, and it is named after them. Its
+folder is <folder>/<name>/<task>-<varied settings>/<first seed>. The same command skips finished
+runs, waits for those that the cluster still has, and resumes the rest. A cluster's job whose time
+is up is queued again and resumes. At the end, experiments/compare.py compares all finished runs in
+the folder, in <folder>/table.csv and in a picture for each task and data set. The output of jobs is
+in <folder>/jobs.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -51,17 +57,19 @@ class Run:
     seed: int
     num_seeds: int
     settings: tuple[str, ...]
+    varied: tuple[str, ...] = ()  # those settings in which the runs of a task differ
 
     @property
     def name(self):
-        return f"{self.algorithm}/{self.task}/{self.seed}"
+        words = [re.sub(r"[^\w.=-]+", "_", x.removeprefix("--config.")) for x in self.varied]
+        return f"{self.algorithm}/{'-'.join([self.task, *words])}/{self.seed}"
 
     def command(self):
         """The script, its settings file with the task, and the settings that change it."""
         file = f"{ROOT}/configs/{self.algorithm}.py:{self.task}"
         flags = [f"--config={file}", f"--workdir={self.folder / self.name}"]
         flags += [f"--config.seed={self.seed}", f"--config.num_seeds={self.num_seeds}"]
-        return [f"{ROOT}/{self.algorithm}.py", *flags, *self.settings]
+        return [f"{ROOT}/{self.algorithm}.py", *flags, *self.settings, *self.varied]
 
     def is_finished(self):
         return (self.folder / self.name / "results.json").exists()
@@ -86,6 +94,7 @@ def parse(argv):
     add("folder", help="where the runs go")
     add("--algorithms", nargs="+", default=["ssar_td3bc"], metavar="NAME", help="(ssar_td3bc)")
     add("--tasks", nargs="+", required=True, metavar="TASK", help="tasks of their settings files")
+    add("--vary", nargs="+", default=[], metavar="FIELD=VALUE,...", help="a run for each value")
     add("--seeds", type=int, default=5, help="how many for each task: 0, 1, ... (5)")
     add("--seeds-per-run", type=int, default=1, help="seeds in one program (1)")
     add("--cluster", choices=("local", "slurm"), default="local", help="where to run (local)")
@@ -97,6 +106,9 @@ def parse(argv):
     args = parser.parse_args(argv[:split])
     args.settings, args.folder = argv[split + 1 :], Path(args.folder).expanduser().absolute()
     args.tasks, args.algorithms = (list(dict.fromkeys(x)) for x in (args.tasks, args.algorithms))
+    args.grid = []
+    for field, _, values in (pair.partition("=") for pair in args.vary):
+        args.grid.append([f"--config.{field}={value}" for value in values.split(",")])
     # Numbers, or names such as GPU-8f3a or MIG-5c21; by default as many as are asked for.
     needed = args.parallel * args.gpus
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(needed))))
@@ -120,7 +132,7 @@ def check(run):
     if not (ROOT / f"{run.algorithm}.py").exists():
         raise InputError(f"--algorithms: {ROOT} has no script {run.algorithm}.py")
     own = ("--config.seed=", "--config.num_seeds=")
-    if wrong := [setting for setting in run.settings if setting.startswith(own)]:
+    if wrong := [setting for setting in (*run.settings, *run.varied) if setting.startswith(own)]:
         raise InputError(f"leave {wrong[0]} out: the sweep sets the seeds, see --seeds")
     try:
         _, file, _, *settings = run.command()
@@ -226,7 +238,10 @@ def compare_runs(folder):
     tasks = collections.defaultdict(list)
     for path in sorted(folder.glob("*/*/*/results.json")):
         if path.parent.name.isdigit():  # no earlier run that was set aside
-            tasks[path.parts[-3]].append(path.parent)
+            config = json.loads((path.parent / "config.json").read_text())
+            data = Path(config["dataset"] or config["dataset_path"] or "").stem
+            task = "-".join(dict.fromkeys([config["task"], data] if data else [config["task"]]))
+            tasks[task].append(path.parent)
     with open(folder / "table.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", *COLUMNS])
@@ -268,9 +283,10 @@ def main(argv):
     """Checks everything, then runs the sweep and exits with its status."""
     args = parse(argv)
     firsts = range(0, args.seeds, args.seeds_per_run)
+    places = itertools.product(args.algorithms, args.tasks, itertools.product(*args.grid), firsts)
     runs = [
-        Run(args.folder, algorithm, task, seed, args.seeds_per_run, tuple(args.settings))
-        for algorithm, task, seed in itertools.product(args.algorithms, args.tasks, firsts)
+        Run(args.folder, algorithm, task, seed, args.seeds_per_run, tuple(args.settings), varied)
+        for algorithm, task, varied, seed in places
     ]
     jax.config.update("jax_platforms", "cpu")  # the GPUs are for the runs
     try:

@@ -95,6 +95,18 @@ def starts(folder):
     return {str(x.relative_to(folder).with_suffix("")): len(x.read_text().split()) for x in paths}
 
 
+def test_varied_settings_make_a_grid(project, tmp_path):
+    grid = ("--tasks=demo", "--seeds=1", "--vary", "n_end=2.0,3.0", "discount=0.5,0.9")
+    done = sweep(project, tmp_path / "sweep", *grid)
+    assert done.returncode == 0, done.stderr
+    places = [f"demo-n_end={n}-discount={d}" for n in ("2.0", "3.0") for d in (0.5, 0.9)]
+    assert starts(tmp_path / "sweep") == {f"ssar_td3bc/{place}/0": 1 for place in places}
+    rows = list(csv.DictReader((tmp_path / "sweep" / "table.csv").open()))
+    assert {row["task"] for row in rows} == {"demo"} and len({row["label"] for row in rows}) == 4
+    refused = sweep(project, tmp_path / "other", *grid[:3], "n_ends=2.0")
+    assert "no field 'n_ends'" in refused.stderr and refused.returncode == 1
+
+
 def test_finished_runs_are_skipped_and_the_table_grows(project, tmp_path):
     folder, two = tmp_path / "sweep", "--seeds-per-run=2"
     short = ("--", "--config.offline_steps=1000")  # refused unless the rest is scaled
