@@ -4,8 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.dataset import episode_returns, find_episode_ends, fingerprint
+from common.data.dataset import find_episode_ends, fingerprint
 from common.data.load import transitions
+from ssar_td3bc import episodes_of
 
 
 @settings(max_examples=100, deadline=None)
@@ -38,7 +39,7 @@ def test_episodes_against_a_plain_loop(flags, max_steps):
         ends = find_episode_ends(obs, successors, terminals | timeouts, limit)
         assert np.flatnonzero(ends).tolist() == last
         totals = [rewards[episode].sum(dtype=float) for episode in episodes]
-        np.testing.assert_allclose(episode_returns(rewards, ends), totals, atol=1e-6)
+        np.testing.assert_allclose(episodes_of(rewards, ends)[2], totals, atol=1e-6)
     columns = {"observations": obs, "terminals": terminals, "timeouts": timeouts}
     columns |= {"actions": obs, "rewards": rewards}
     expected = [i for i in range(rows) if i not in last or terminals[i]]
