@@ -33,7 +33,7 @@ from the mean of π(s), the smaller of its two sides.
     β_init  coefficient_init     cql_alpha                β_φ starts near it, < 1.5 β_init
     n       n_start, n_end       n_away         Eq. 6     C_n(s): log-density n σ from the mean
     T_inc   update_period        update_period  Sec. 3.2  updates between two tests of n
-    D̂       selection            trusts         Eq. 9     none (all of D) | return | success | iql
+    D̂       selection            trusts         Eq. 9     auto | none (all) | return | success | iql
     G_T     return_threshold     ref_return               return, after reward_scale and _bias
             select_actions       select_actions Eq. 9     only D̂ shapes β_φ and n
             loosen_bound         loosen_bound             only D̂ is regularised
@@ -62,7 +62,6 @@ It deviates from that code in this:
     - beta_min, beta_mean and beta_max leave out transitions that are not regularised.
     - A task that ends in the very step at which its time runs out is terminal.
     - Stored transitions never overwrite offline ones, and all of them are trusted.
-    - Evaluation has its own environments.
 
     python ssar_cql.py --config=configs/ssar_cql.py:hopper-medium-v2 --config.num_seeds=5
 """
@@ -272,9 +271,13 @@ def episodes_of(rewards, ends):
     return first, lengths, np.add.reduceat(rewards.astype(np.float64), first)
 
 
-def select_by_return(rewards, ends, return_threshold):
-    """D̂ for dense rewards: trajectories whose return exceeds G_T. bool [N]."""
+def select_by_return(rewards, ends, return_threshold=None):
+    """D̂ for dense rewards: trajectories of return > G_T; without one, the best 30 %. bool [N]."""
     _, lengths, returns = episodes_of(rewards, ends)
+    if return_threshold is None:
+        order = np.argsort(-returns)
+        last = np.searchsorted(np.cumsum(lengths[order]), 0.3 * len(rewards))  # of transitions
+        return_threshold = np.nextafter(returns[order[last]], -np.inf)
     return np.repeat(returns > return_threshold, lengths)
 
 
@@ -341,11 +344,8 @@ def iql_step(state, batch, config):
 
 def select_by_advantage(state, data):
     """D̂ by IQL: transitions with min(Q_1, Q_2)(s, a) >= V(s). bool [N]."""
-
-    def is_trusted(row):
-        q = critics(state.critic, *row).min()
-        return q >= forward(state.value, row[0])[0]
-
+    q = lambda row: critics(state.critic, *row).min()
+    is_trusted = lambda row: q(row) >= forward(state.value, row[0])[0]
     return jax.lax.map(is_trusted, (data.obs, data.action), batch_size=4096)  # bounds memory
 
 
@@ -590,11 +590,10 @@ def update_step(state, batch, noise, config, *, online=False):
     )
 
     # --- critics: β_φ weights the regulariser, which covers D̂ alone if loosen_bound ---
+    beta, regularised = config.coefficient_init * everywhere, everywhere
     if config.coefficient == "adaptive":
         beta = coefficient(state.coefficient, batch.obs, config)
         regularised = batch.trusted if config.loosen_bound else everywhere
-    else:
-        beta, regularised = config.coefficient_init * everywhere, everywhere
     anneal = anneal_factor(state.online_step, config) if online else 1.0
     weight = beta * regularised * anneal
     pair, critic_opt, critic_info = descend(
@@ -634,14 +633,12 @@ def update_coefficient(state, batch, margin, config, online):
     _, _, beta_adam = optimizers(config)
     mask = batch.trusted if config.select_actions else jnp.ones_like(batch.trusted)
     if config.coefficient == "adaptive" and not online:
-        beta_params, beta_opt, _ = descend(
+        params, opt_state, _ = descend(
             coefficient_loss, state.coefficient, beta_adam, state.coefficient_opt,
             batch, margin, mask, config,
         )  # fmt: skip
         threshold = update_threshold(state.threshold, margin, mask, state.step, config)
-        state = state._replace(
-            coefficient=beta_params, coefficient_opt=beta_opt, threshold=threshold
-        )
+        state = state._replace(coefficient=params, coefficient_opt=opt_state, threshold=threshold)
     return state, mask
 
 
@@ -770,12 +767,14 @@ def select_trusted(rewards, ends, label, config):
     rewards: float [N], scaled and shifted. ends: bool [N], the last row of each episode.
     """
     is_unused = not config.offline_steps and config.buffer_init == "none"
-    if config.coefficient == "fixed" or config.selection == "none" or is_unused:
+    fitting = "success" if len(np.unique(rewards)) <= 2 else "return"  # are rewards sparse?
+    selection = fitting if config.selection == "auto" else config.selection
+    if config.coefficient == "fixed" or selection == "none" or is_unused:
         trusted = np.ones(len(rewards), bool)
-    elif config.selection == "return":
+    elif selection == "return":
         trusted = select_by_return(rewards, ends, config.return_threshold)
-    elif config.selection == "success":
-        trusted = select_by_success(rewards, ends, fail_reward=config.reward_bias)  # of reward 0
+    elif selection == "success":
+        trusted = select_by_success(rewards, ends, fail_reward=rewards.min())
     else:
         trusted = label()
     return np.broadcast_to(trusted, (config.num_seeds, len(rewards)))

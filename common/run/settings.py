@@ -12,7 +12,7 @@ from common.run.workdir import absolute, check_folder, check_same, load_settings
 
 CHOICES = {
     "coefficient": ("adaptive", "fixed"),
-    "selection": ("none", "return", "success", "iql"),
+    "selection": ("auto", "none", "return", "success", "iql"),
     "anneal": ("linear", "cosine", "none"),
     "buffer_init": ("all", "half", "part", "none"),
     "physics": (None, "d4rl", "stock"),
@@ -45,8 +45,6 @@ RULES = (
     ("n_start", lambda x, c: x <= c.n_end, "must be at most --config.n_end={c.n_end}"),
     ("coefficient_init", lambda x, c: x or c.coefficient == "fixed",
      "leaves nothing to adapt: give more, or coefficient=fixed"),
-    ("selection", lambda x, c: x != "return" or c.return_threshold is not None or
-     c.coefficient == "fixed", "needs a --config.return_threshold"),
     ("warmup_steps", lambda x, c: not c.online_steps or x < c.online_steps,
      "leaves no update in --config.online_steps={c.online_steps}"),
     ("online_steps", lambda x, c: x or not c.offline_checkpoint,

@@ -200,6 +200,9 @@ def test_annealing_fades_to_zero_and_stays_there_unless_it_is_off():
         ({"selection": "return", "coefficient": "fixed"}, [1, 1, 1, 1, 1]),
         ({"selection": "return", "offline_steps": 0, "buffer_init": "none"}, [1, 1, 1, 1, 1]),
         ({"selection": "iql"}, [1, 0, 0, 1, 0]),
+        ({"selection": "return", "return_threshold": None}, [0, 0, 0, 1, 1]),  # the best 30 %
+        ({"selection": "auto", "return_threshold": None}, [0, 0, 0, 1, 1]),
+        ({"selection": "auto", "return_threshold": -1.0}, [0, 0, 1, 1, 1]),
     ],
 )
 def test_the_settings_choose_how_transitions_are_selected(overrides, expected):
@@ -208,6 +211,20 @@ def test_the_settings_choose_how_transitions_are_selected(overrides, expected):
     rewards, ends = np.array([0, -1, 0, -1, 2], np.float32), np.array([0, 1, 1, 0, 1], bool)
     trusted = ssar_td3bc.select_trusted(rewards, ends, label, config)
     np.testing.assert_array_equal(trusted, [expected, expected])
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_auto_trusts_successes_where_rewards_are_sparse(shift):
+    config = settings(ssar_td3bc, selection="auto", reward_bias=shift)
+    rewards = np.array([0, 0, 0, 1, 0, 1, 0], np.float32) + np.float32(shift)
+    ends = np.array([0, 1, 0, 1, 0, 1, 1], bool)
+    trusted = ssar_td3bc.select_trusted(rewards, ends, None, config)
+    np.testing.assert_array_equal(trusted, [[0, 0, 1, 1, 1, 1, 0]])
+
+
+def test_the_best_trajectories_are_trusted_where_all_are_equal():
+    ends = np.array([1, 0, 1, 1], bool)
+    assert ssar_td3bc.select_by_return(np.array([1, 0, 1, 1], np.float32), ends).all()
 
 
 def test_iql_finds_the_better_action_for_every_seed():

@@ -128,7 +128,6 @@ IMPOSSIBLE = [
     ("hidden_dims", (), "must be whole numbers of at least 1, such as"),
     ("n_start", 4.0, "must be at most --config.n_end=3.0"),
     ("seed", -1, "must be at least 0"),
-    ("return_threshold", None, "selection=return needs a --config.return_threshold"),
     ("offline_steps", 0, "leaves nothing to do: give it or --config.online_steps"),
     ("coefficient_init", 0.0, "leaves nothing to adapt: give more, or coefficient=fixed"),
     ("dataset", None, "needs data: give --config.dataset="),
