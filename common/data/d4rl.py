@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.envs.make import brief
-from common.run.errors import InputError
+from common.run.errors import InputError, brief
 from common.run.workdir import absolute
 
 # Robots: the Gymnasium task of the same rewards, and D4RL's random and expert returns, between

@@ -1,5 +1,6 @@
 """Data in D4RL's HDF5 layout, checked before they are used."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,8 +11,8 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from common.data.d4rl import Task, reference_of
-from common.envs.make import brief, env_spec
-from common.run.errors import InputError
+from common.envs.make import env_spec
+from common.run.errors import InputError, brief
 
 NEEDED = ("observations", "actions", "rewards", "terminals")
 # Wrappers that evaluation keeps: Gymnasium's own, except those that change the reward, normalise by
@@ -26,22 +27,15 @@ def read_hdf5(path: str, env: str | None, task: Task | None) -> tuple:
     """
     if not os.path.isfile(path):
         raise InputError(f"no file {path}: check --config.dataset or --config.dataset_path")
-    try:
-        with open_hdf5(path) as file:
-            attributes = file.attrs
-            named = attributes.get("env_id", "")
-            named = named.decode() if isinstance(named, bytes) else named
-            if env or not named:
-                spec = env_spec(env or (task and task.env_id), path)
-            else:
-                spec = own_spec(path, named, json.loads(attributes.get("env_kwargs", "{}")))
-            stored = {key: file[key] for key in file if isinstance(file.get(key), h5py.Dataset)}
-            reference = reference_of(attributes, spec.name)
-            return spec, reference, read_columns(path, stored)
-    except InputError:
-        raise
-    except Exception as error:  # broken bytes raise many kinds
-        raise unreadable(path, error) from None
+    with reading(path), open_hdf5(path) as file:
+        named = file.attrs.get("env_id", "")
+        named = named.decode() if isinstance(named, bytes) else named
+        if env or not named:
+            spec = env_spec(env or (task and task.env_id), path)
+        else:
+            spec = own_spec(path, named, json.loads(file.attrs.get("env_kwargs", "{}")))
+        stored = {key: file[key] for key in file if isinstance(file.get(key), h5py.Dataset)}
+        return spec, reference_of(file.attrs, spec.name), read_columns(path, stored)
 
 
 def open_hdf5(path: str) -> h5py.File:
@@ -59,12 +53,18 @@ def open_hdf5(path: str) -> h5py.File:
     return file
 
 
-def unreadable(what: str, error: Exception) -> InputError:
-    """The sentence about data that are broken, or open elsewhere."""
-    reason, fix = brief(error), "give a complete copy of it, or record it again"
-    if "unable to lock" in reason:
-        fix = "close the program that writes it, or set HDF5_USE_FILE_LOCKING=FALSE"
-    return InputError(f"{what} is not readable ({type(error).__name__}: {reason}): {fix}")
+@contextlib.contextmanager
+def reading(what: str):
+    """Raises InputError for data that are broken or open elsewhere, which raise many kinds."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        kind, fix = type(error).__name__, "give a complete copy of it, or record it again"
+        if "unable to lock" in str(error):
+            fix = "close the program that writes it, or set HDF5_USE_FILE_LOCKING=FALSE"
+        raise InputError(f"{what} is not readable ({kind}: {brief(error)}): {fix}") from None
 
 
 def own_spec(source: str, env_id: str, kwargs: dict | None, wrappers=()) -> EnvSpec:

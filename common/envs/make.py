@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from common.run.errors import Diverged, InputError
+from common.run.errors import Diverged, InputError, brief
 
 ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
 TRIAL = 10_000  # steps in which an environment without a time limit has to end
@@ -19,17 +19,10 @@ TRIAL = 10_000  # steps in which an environment without a time limit has to end
 KNOWN_MODULES = (f"{__package__}.antmaze", "gymnasium_robotics", "common.data.demo")
 
 
-def brief(what) -> str:
-    """An error's message, or any other object, on one line, for use within a sentence."""
-    return " ".join(str(what).split()).rstrip(".")[:200] or type(what).__name__
-
-
 def env_spec(env: str | None, source: str) -> EnvSpec:
     """Gymnasium's specification of an id or <module>:<id>; `source` is for the InputError."""
     if not env:
-        raise InputError(
-            f"{source} does not name its environment: give --config.env=<Gymnasium id>"
-        )
+        raise InputError(f"{source} names no environment: give --config.env=<Gymnasium id>")
     module, _, env_id = env.rpartition(":")
     try:
         if module:

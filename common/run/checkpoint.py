@@ -10,10 +10,8 @@ import jax
 import numpy as np
 from flax import serialization
 
-from common.run.errors import InputError
+from common.run.errors import InputError, brief
 from common.run.workdir import write_file
-
-PHASES = ("iql", "offline", "online")  # of a run, in this order
 
 
 def write(path: str, content: dict) -> None:
@@ -53,8 +51,7 @@ def from_dict(like, content: dict, what: str):
     try:
         return jax.tree.map(fit, like, serialization.from_state_dict(like, content))
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} is of another script or version ({reason})") from None
+        raise InputError(f"{what} is of another script or version ({brief(error)})") from None
 
 
 def _is_key(x):
@@ -63,7 +60,8 @@ def _is_key(x):
 
 def list_unfinished(folder: str, phase: str = "*") -> list[str]:
     """The checkpoints <phase>-<step>.msgpack in a folder, the newest first."""
-    place = lambda path: (PHASES.index(path.stem.split("-")[0]), int(path.stem.split("-")[1]))
+    # The alphabetical order of iql, offline and online is their order in a run.
+    place = lambda path: (path.stem.split("-")[0], int(path.stem.split("-")[1]))
     return [str(x) for x in sorted(Path(folder).glob(f"{phase}-*.msgpack"), key=place)][::-1]
 
 

@@ -1,6 +1,4 @@
-"""The ways in which a run ends early."""
-
-import signal
+"""What a user can fix, in one sentence."""
 
 
 class InputError(ValueError):
@@ -11,9 +9,6 @@ class Diverged(InputError):
     """A loss, an action or a parameter is not finite; earlier checkpoints are kept."""
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal stopped the run; `status` is the exit status, 128 + the signal's number."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.status = 128 + number
+def brief(what) -> str:
+    """An error's message, or any other object, on one line, for use within a sentence."""
+    return " ".join(str(what).split()).rstrip(".")[:200] or type(what).__name__

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import io
 import os
 import platform
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from common.run.errors import InputError
+from common.run.workdir import write_file
 
 EVALUATION = "phase step seed score return_mean return_std episodes success_rate".split()
 EPISODE = "step seed score return length success".split()
@@ -64,11 +66,10 @@ class Records:
         path = os.path.join(self.workdir, name)
         # A success that is NaN was not reported; a score that is NaN is written as it is.
         missing = lambda key, x: x != x and key.startswith("success")
-        with open(f"{path}.tmp", "w", newline="") as file:
-            table = csv.DictWriter(file, columns)
-            table.writeheader()
-            table.writerows({k: x for k, x in row.items() if not missing(k, x)} for row in rows)
-        os.replace(f"{path}.tmp", path)
+        table = csv.DictWriter(text := io.StringIO(), columns)
+        table.writeheader()
+        table.writerows({k: x for k, x in row.items() if not missing(k, x)} for row in rows)
+        write_file(path, text.getvalue().encode())
 
     def _tags(self, row):
         """An evaluation or an episode under the names that the authors' code logs."""
@@ -87,13 +88,10 @@ class Records:
 
     def _regrets(self, seed, step=np.inf):
         """Mean share of failures online up to a step, in evaluations and training episodes."""
-        rows = {"eval_regret": self.of(seed, "online"), "train_regret": self.episodes}
-        success = lambda x: x.get("success_rate", x.get("success"))
-        found = {}
-        for name, of_all in rows.items():
-            seen = [success(x) for x in of_all if x["seed"] == seed and x["step"] <= step]
-            found[name] = 1 - float(np.mean(seen or np.nan))
-        return found
+        played = [x["success_rate"] for x in self.of(seed, "online") if x["step"] <= step]
+        trained = [x["success"] for x in self.episodes if x["seed"] == seed and x["step"] <= step]
+        regret = lambda successes: 1 - float(np.mean(successes or np.nan))
+        return {"eval_regret": regret(played), "train_regret": regret(trained)}
 
     def results(self) -> dict:
         """The measured part of results.json; scores and the like have one entry per seed."""

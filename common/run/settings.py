@@ -31,8 +31,6 @@ SIZES = ("hidden_dims", "coefficient_hidden_dims", "critic_layers")
 HIGHEST = dict.fromkeys("discount target_update_rate expectile".split(), 1)
 HIGHEST |= dict.fromkeys("actor_lr critic_lr coefficient_lr".split(), 1)
 HIGHEST |= {"num_seeds": 4096, "batch_size": 2**20, "seed": 2**31 - 4097}
-for field in ("clip_diff_min", "clip_diff_max"):
-    LOWEST[field], HIGHEST[field] = -math.inf, math.inf
 # A field, a test of it and of all settings c, and what is wrong where the test fails.
 RULES = (
     ("task", lambda x, c: re.fullmatch(r"\w[\w.-]*", x),
@@ -70,7 +68,6 @@ ONLINE_FIELDS = """online_steps warmup_steps buffer_init buffer_capacity anneal 
     dataset_path cache_dir checkpoint_minutes updates_per_call block_size wandb""".split()
 MAY_CHANGE = ("cache_dir", "dataset_path", "checkpoint_minutes", "block_size", "wandb")
 UNNAMED = ("seed", "offline_checkpoint", *MAY_CHANGE)  # in the names of folders
-PATHS = ("dataset_path", "offline_checkpoint", "cache_dir")
 
 
 def default_folder(name: str, config, given=()) -> str:
@@ -98,7 +95,7 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
     file = (config.dataset or "").removeprefix("d4rl:")
     is_file = file.endswith((".hdf5", ".h5")) and os.path.isfile(os.path.expanduser(file))
     config.dataset_path = config.dataset_path or (file if is_file else None)
-    for field in PATHS:
+    for field in ("dataset_path", "offline_checkpoint", "cache_dir"):
         if config[field]:
             config[field] = absolute(config[field], f"--config.{field}")
     workdir = absolute(default_folder(name, config) if workdir is None else workdir)
@@ -134,14 +131,6 @@ def needs_iql(config) -> bool:
     adaptive = config.coefficient == "adaptive" and not config.offline_checkpoint
     is_used = config.offline_steps or config.buffer_init != "none"
     return bool(adaptive and config.selection == "iql" and is_used)
-
-
-def planned_phases(config) -> dict[str, int]:
-    """The parts of the run in their order, and how many steps each has."""
-    steps = {"iql": config.iql_steps * needs_iql(config), "offline": config.offline_steps}
-    steps |= {"offline": 0} if config.offline_checkpoint else {}
-    steps["online"] = config.online_steps
-    return {phase: steps[phase] for phase in steps if steps[phase]}
 
 
 def divisors(number: int, factor: int) -> list[int]:

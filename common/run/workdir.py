@@ -50,9 +50,9 @@ def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> di
         raise InputError(f"{flag}={workdir} is not a run folder ({path}: {reason})") from None
 
 
-def has(workdir: str, *patterns: str) -> bool:
-    """Whether there is a file of any of these patterns in `workdir`."""
-    return any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in patterns)
+def has_run(workdir: str) -> bool:
+    """Whether there is a run that is worth keeping in `workdir`."""
+    return any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in TRACES)
 
 
 def check_folder(workdir: str, config, resume: bool, may_change) -> None:
@@ -70,7 +70,7 @@ def check_folder(workdir: str, config, resume: bool, may_change) -> None:
     found -= {"lock", "config.json.tmp"}
     if found and found.isdisjoint({"config.json", "scores.csv", "unfinished"}):
         raise InputError(f"{flag} holds files that are no run: {fix}")
-    if resume and has(workdir, *TRACES):
+    if resume and has_run(workdir):
         fix = f"give the ones there, {fix}, or set it aside with --noresume"
         settings = load_settings(workdir, "--workdir")
         check_same(settings, config, may_change, f"{flag} holds a run", fix)
@@ -82,38 +82,27 @@ def locked(path: str, busy: str, waits: bool = False):
 
     When another process holds it: waits, printing `busy` once, or raises InputError(busy).
     """
-    lock, said = filelock.FileLock(path), False
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=1 if said else 0)
-        except filelock.Timeout:
-            if not waits:
-                raise InputError(busy) from None
-            if not said:
-                print(busy, file=sys.stderr, flush=True)
-            said = True
-            stop_if_told()
-        except OSError as error:
-            what = f"{path} cannot be locked ({error.strerror}): start one run at a time"
-            print(f"warning: {what}", file=sys.stderr, flush=True)
-            break
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not waits:
+            raise InputError(busy) from None
+        print(busy, file=sys.stderr, flush=True)
+        lock.acquire(cancel_check=stop_if_told)
+    except OSError as error:
+        what = f"{path} cannot be locked ({error.strerror}): start one run at a time"
+        print(f"warning: {what}", file=sys.stderr, flush=True)
     try:
         yield
     finally:
         lock.release()
 
 
-def lock_folder(workdir: str):
-    """The lock of a run folder. Entering it raises InputError if another process holds it."""
-    fix = "wait for it, stop it, or choose another folder"
-    busy = f"--workdir={workdir} is in use by another process: {fix}"
-    return locked(os.path.join(workdir, "lock"), busy)
-
-
 def set_aside(workdir: str) -> bool:
     """Renames an earlier run's folder to <workdir>.1, .2, ...; returns whether there was one."""
     workdir, number = os.path.realpath(workdir), 1
-    if not has(workdir, *TRACES):
+    if not has_run(workdir):
         return False
     while os.path.exists(aside := f"{workdir}.{number}"):
         number += 1

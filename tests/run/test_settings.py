@@ -135,7 +135,7 @@ IMPOSSIBLE = [
     ("cql: num_sampled_actions", 0, "must be at least 1"),
     ("cql: cql_temperature", 0.0, "must be at least 1e-06"),
     ("cql: critic_layers", (3,), "must have a number of layers for each critic"),
-    ("cql: clip_diff_min", NAN, "must be at least -inf"),
+    ("cql: clip_diff_min", NAN, "must be at least -1e+30"),
     ("cql: hidden_dims", (400, 300), "must be equal widths"),
     ("cql: coefficient_init", -1.0, "coefficient_init=-1.0 must be at least 0"),
 ]
