@@ -1,6 +1,5 @@
 """Data in D4RL's HDF5 layout, checked before they are used."""
 
-import contextlib
 import json
 import os
 import re
@@ -12,8 +11,9 @@ from gymnasium.envs.registration import EnvSpec
 
 from common.data.d4rl import Task, reference_of
 from common.envs.make import env_spec
-from common.run.errors import InputError, brief
+from common.run.errors import InputError, explained
 
+COPY = "give a complete copy of it, or record it again"
 NEEDED = ("observations", "actions", "rewards", "terminals")
 # Wrappers that evaluation keeps: Gymnasium's own, except those that change the reward, normalise by
 # statistics that the data set does not hold, or make pictures.
@@ -27,7 +27,7 @@ def read_hdf5(path: str, env: str | None, task: Task | None) -> tuple:
     """
     if not os.path.isfile(path):
         raise InputError(f"no file {path}: check --config.dataset or --config.dataset_path")
-    with reading(path), open_hdf5(path) as file:
+    with explained(f"{path} is not readable", COPY), open_hdf5(path) as file:
         named = file.attrs.get("env_id", "")
         named = named.decode() if isinstance(named, bytes) else named
         if env or not named:
@@ -39,32 +39,21 @@ def read_hdf5(path: str, env: str | None, task: Task | None) -> tuple:
 
 
 def open_hdf5(path: str) -> h5py.File:
-    """The file, to read. Raises InputError if a part of it lies in another file."""
+    """The file, to read. Raises InputError if it is locked, or if a part lies elsewhere."""
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        if "No locks available" not in str(error):
+        if "unable to lock" not in str(error):
             raise
+        if "No locks available" not in str(error):
+            fix = "close the program that writes it, or set HDF5_USE_FILE_LOCKING=FALSE"
+            raise InputError(f"{path} is locked: {fix}") from None
         file = h5py.File(path, "r", locking=False)
     is_outside = lambda x: isinstance(x, h5py.Dataset) and (x.external or x.is_virtual)
     link = file.visititems_links(lambda name, x: isinstance(x, h5py.ExternalLink) and name or None)
     if name := link or file.visititems(lambda name, x: is_outside(x) and name or None):
         raise InputError(f"{path}: '{name}' lies in another file: copy its numbers into this one")
     return file
-
-
-@contextlib.contextmanager
-def reading(what: str):
-    """Raises InputError for data that are broken or open elsewhere, which raise many kinds."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        kind, fix = type(error).__name__, "give a complete copy of it, or record it again"
-        if "unable to lock" in str(error):
-            fix = "close the program that writes it, or set HDF5_USE_FILE_LOCKING=FALSE"
-        raise InputError(f"{what} is not readable ({kind}: {brief(error)}): {fix}") from None
 
 
 def own_spec(source: str, env_id: str, kwargs: dict | None, wrappers=()) -> EnvSpec:

@@ -9,9 +9,9 @@ from gymnasium.envs.registration import WrapperSpec
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.data.d4rl import reference_of
-from common.data.hdf5 import open_hdf5, own_spec, read_columns, reading
+from common.data.hdf5 import COPY, open_hdf5, own_spec, read_columns
 from common.envs.make import check_spaces, env_spec, flatten
-from common.run.errors import InputError, brief
+from common.run.errors import InputError, explained
 
 
 def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
@@ -21,17 +21,15 @@ def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
     """
     local_id = dataset_id.partition("://")[2].partition("/")[2] or dataset_id
     path = get_dataset_path(local_id)
-    try:
+    fix = (
+        "see `minari list local` and `minari list remote`; D4RL's tasks have names like "
+        "hopper-medium-v2, and files are given as --config.dataset=d4rl:<file>"
+    )
+    with explained(f"no Minari data set '{dataset_id}', neither here nor at its remote", fix):
         if not path.is_dir():
             print(f"downloading {dataset_id} into {path}, once", flush=True)
             minari.download_dataset(dataset_id)
-    except Exception as error:  # Minari and its remotes raise many kinds
-        raise InputError(
-            f"no Minari data set '{dataset_id}', neither here nor at its remote "
-            f"({brief(error)}): see `minari list local` and `minari list remote`; D4RL's tasks "
-            "have names like hopper-medium-v2, and files are given as --config.dataset=d4rl:<file>"
-        ) from None
-    with reading(f"Minari data set '{dataset_id}' in {path}"):
+    with explained(f"Minari data set '{dataset_id}' in {path} is not readable", COPY):
         metadata = json.loads((path / "data" / "metadata.json").read_text(encoding="utf-8"))
         if not metadata.keys() >= {"observation_space", "action_space"}:
             raise KeyError("no spaces")  # Minari would make the environment that the file names

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import serialization
 
-from common.run.errors import InputError, brief
+from common.run.errors import InputError, brief, explained
 from common.run.workdir import write_file
 
 
@@ -88,12 +88,9 @@ def save_checkpoint(workdir: str, name: str, state, trusted, dataset) -> None:
 def load_checkpoint(workdir: str, name: str = "checkpoint") -> dict:
     """What save_checkpoint wrote, as nested dictionaries of NumPy arrays. Raises InputError."""
     path = os.path.join(os.path.expanduser(workdir), f"{name}.msgpack")
-    try:
+    fix = "name the folder of a run whose training has ended"
+    with explained(f"no usable checkpoint {path}", fix):
         return serialization.msgpack_restore(_read(path))
-    except OSError as error:
-        reason = error.strerror or error
-        fix = "name the folder of a run whose training has ended"
-        raise InputError(f"no usable checkpoint {path} ({reason}): {fix}") from None
 
 
 def load_offline(config, dataset, like):

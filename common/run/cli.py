@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from common.run.errors import InputError, brief
+from common.run.errors import InputError, brief, explained
 from common.run.folder import close_run
 from common.run.settings import default_folder, scale_settings
 from common.run.stopping import Stopped, catch_signals
@@ -190,12 +190,10 @@ def _read(config, field, text):
 
 def _load(path, *task):
     """A settings file as a dictionary of its names, and the ConfigDict that it gives."""
-    try:
+    what, fix = f"the settings {':'.join([path, *task])} cannot be loaded", "fix or replace them"
+    with explained(what, fix):
         module = runpy.run_path(path)
         return module, ml_collections.ConfigDict(module["get_config"](*task))
-    except Exception as error:  # a settings file can raise anything
-        what, kind = ":".join([path, *task]), type(error).__name__
-        raise InputError(f"the settings {what} cannot be loaded: {kind}: {brief(error)}") from None
 
 
 def join_hosts(hosts: str, config) -> None:
@@ -207,14 +205,11 @@ def join_hosts(hosts: str, config) -> None:
     if config.offline_checkpoint:
         raise InputError(f"{flag} is for new runs: resume from each process's folder by itself")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
-    try:
+    with explained(f"{flag} cannot be used", "give auto, or <host>:<port>,<processes>,<i>"):
         address, count, i = (None,) * 3 if hosts == "auto" else hosts.split(",")
         place = () if hosts == "auto" else (address, int(count), int(i))
         # The first to end waits for the last, and episodes differ in length.
         jax.distributed.initialize(*place, shutdown_timeout_seconds=86_400)
-    except (RuntimeError, ValueError) as error:
-        fix = "give auto, or <host>:<port>,<processes>,<i>"
-        raise InputError(f"{flag} cannot be used ({brief(error)}): {fix}") from None
     count = jax.process_count()
     if config.num_seeds % count:
         raise InputError(f"{flag}: {count} processes cannot share {config.num_seeds} seeds evenly")

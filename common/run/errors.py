@@ -1,5 +1,7 @@
 """What a user can fix, in one sentence."""
 
+import contextlib
+
 
 class InputError(ValueError):
     """The user's input cannot be used; the message is one sentence: what, where, and the fix."""
@@ -9,6 +11,20 @@ class Diverged(InputError):
     """A loss, an action or a parameter is not finite; earlier checkpoints are kept."""
 
 
-def brief(what) -> str:
-    """An error's message, or any other object, on one line, for use within a sentence."""
-    return " ".join(str(what).split()).rstrip(".")[:200] or type(what).__name__
+def brief(what, length: int = 200) -> str:
+    """An error with its type, or any other object, on one line for use within a sentence."""
+    text = " ".join(str(what).split()).rstrip(".")[:length]
+    kind = type(what).__name__
+    return ": ".join(filter(None, (kind, text))) if isinstance(what, Exception) else text
+
+
+@contextlib.contextmanager
+def explained(what: str, fix: str):
+    """Raises InputError, "<what> (<the error>): <fix>", for every error within except its own."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = brief(error.__cause__ or error, 600)  # long enough for the list of tasks
+        raise InputError(f"{what} ({reason}): {fix}") from None

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.run import checkpoint, diagnosis, stopping
 from common.run.clock import Clock
-from common.run.errors import Diverged, InputError
+from common.run.errors import Diverged, InputError, explained
 from common.run.records import Records, print_table
 from common.run.settings import needs_iql
 from common.run.workdir import as_json, locked, set_aside, write_json
@@ -41,11 +41,8 @@ class Run:
     def __init__(self, script, workdir, config, dataset, resume):
         """Begins the run in `workdir`, or resumes it. Raises InputError if it is in use."""
         close_run()
-        try:
+        with explained(f"--workdir={workdir} cannot be made", "choose another folder"):
             os.makedirs(workdir, exist_ok=True)
-        except OSError as error:
-            reason = f"cannot be made ({error.strerror}): choose another folder"
-            raise InputError(f"--workdir={workdir} {reason}") from None
         self.workdir, self.step, self._phase = workdir, 0, None
         self._script, self._config, self._dataset = script, config, dataset
         self._unfinished = os.path.join(workdir, "unfinished")
@@ -206,19 +203,15 @@ class Run:
         results = {"algorithm": self._script, "task": config.task, "seeds": self._records.seeds}
         results |= self._records.results() | {"n_stopped_at": stops, "warnings": warnings}
         results = as_json(results | {"trusted_fraction": fractions})
-        timing = self._clock.report(self._earlier)
         path = lambda name: os.path.join(self.workdir, name)
         plot_run(path("learning_curve.png"), self._records, results, config)
-        write_json(path("timing.json"), timing)
+        write_json(path("timing.json"), self._clock.report(self._earlier))
         write_json(path("results.json"), results)  # the run is finished from here on
         with contextlib.suppress(OSError):
             shutil.rmtree(self._unfinished)
             os.remove(path("lock"))
         close_run()
         print_table(results)
-        speeds = [f"{x:.0f} {phase} steps/s" for phase, x in timing["steps_per_second"].items()]
-        shares = ", ".join(f"{name} {x:.0%}" for name, x in timing["shares"].items())
-        print(f"{', '.join(speeds)}; {timing['wall_seconds']:.0f} s in all: {shares}")
         print(f"-> {self.workdir}", flush=True)
         self._warned.clear()
         self._warn(warnings)

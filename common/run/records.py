@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from common.run.errors import InputError
+from common.run.errors import explained
 from common.run.workdir import write_file
 
 EVALUATION = "phase step seed score return_mean return_std episodes success_rate".split()
@@ -35,7 +35,14 @@ class Records:
         self.evaluations, self.episodes, self.shown = [], [], [0, 0]
         folder = os.path.join(workdir, "tensorboard")
         shutil.rmtree(folder, ignore_errors=True)
-        self.wandb = start_wandb(workdir, config) if config.get("wandb") else None
+        self.wandb = None
+        if project := config.get("wandb"):
+            fix = "pip install wandb tensorboard, and wandb login"
+            with explained(f"--config.wandb={project} does not start", fix):
+                import wandb
+
+                settings = {"config": config.to_dict(), "sync_tensorboard": True}
+                self.wandb = wandb.init(project=project, dir=workdir, **settings)
         # Unlimited queues: when a disk is full, nothing empties them and a limit would block.
         self.writers = {s: SummaryWriter(f"{folder}/seed_{s}", max_queue=0) for s in self.seeds}
 
@@ -137,18 +144,6 @@ class Records:
             writer.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def start_wandb(workdir, config):
-    """Sends what tensorboard gets to Weights & Biases too; a resumed run sends all of it again."""
-    try:
-        import wandb
-
-        settings = {"config": config.to_dict(), "sync_tensorboard": True}
-        return wandb.init(project=config.wandb, dir=workdir, **settings)
-    except Exception as error:
-        what = f"--config.wandb={config.wandb} does not start ({error})"
-        raise InputError(f"{what}: pip install wandb tensorboard, and wandb login") from error
 
 
 def print_table(results: dict) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import filelock
 
-from common.run.errors import InputError
+from common.run.errors import InputError, explained
 from common.run.stopping import stop_if_told
 
 # Of a run that is worth keeping.
@@ -42,12 +42,9 @@ def absolute(path: str, flag: str = "--workdir") -> str:
 def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> dict:
     """The settings of the run in `workdir`. Raises InputError when it holds no run."""
     path = os.path.join(absolute(workdir, flag), "config.json")
-    try:
-        with open(path) as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or "not readable"
-        raise InputError(f"{flag}={workdir} is not a run folder ({path}: {reason})") from None
+    what = f"{flag}={workdir} is not a run folder, because {path} is not readable"
+    with explained(what, "name another folder"), open(path) as file:
+        return dict(json.load(file))
 
 
 def has_run(workdir: str) -> bool:
