@@ -99,7 +99,7 @@ def load_offline(config, dataset, like):
     like: a tree of the state's shapes. Raises InputError.
     """
     flag = f"--config.offline_checkpoint={config.offline_checkpoint}"
-    saved = load_checkpoint(config.offline_checkpoint, _offline_name(config))
+    saved = load_checkpoint(config.offline_checkpoint, _offline_path(config).stem)
     if saved["fingerprint"] != dataset.fingerprint:
         raise InputError(f"{flag} was trained on other data than {dataset.source}: name its own")
     if np.any(saved["state"].get("online_step", 0)):
@@ -109,14 +109,12 @@ def load_offline(config, dataset, like):
 
 def origin(config, dataset) -> str:
     """What a run begins from: the data's fingerprint and the digest of an offline checkpoint."""
-    path, digest = Path(config.offline_checkpoint or "", f"{_offline_name(config)}.msgpack"), b""
-    if config.offline_checkpoint and path.is_file():
-        digest = path.read_bytes()[:32]
+    path = config.offline_checkpoint and _offline_path(config)
+    digest = path.read_bytes()[:32] if path and path.is_file() else b""
     return dataset.fingerprint + digest.hex()
 
 
-def _offline_name(config):
+def _offline_path(config):
     """The checkpoint from the end of offline training; a run that continued online has two."""
-    name = "offline_checkpoint"
-    is_there = os.path.exists(os.path.join(config.offline_checkpoint or "", f"{name}.msgpack"))
-    return name if is_there else "checkpoint"
+    path = Path(config.offline_checkpoint, "offline_checkpoint.msgpack")
+    return path if path.exists() else path.with_name("checkpoint.msgpack")

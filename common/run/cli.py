@@ -108,15 +108,12 @@ def _fail(error, name, workdir):
     sys.exit(1)
 
 
-def _refuse(message):
-    raise InputError(message)
-
-
 def _parse(name):
     """The flags, and the settings among the arguments."""
     module, _ = _load(f"{ROOT}/configs/{name}.py")
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(name, formatter_class=layout, allow_abbrev=False)
+    strict = {"allow_abbrev": False, "exit_on_error": False}
+    parser = argparse.ArgumentParser(name, formatter_class=layout, **strict)
     parser.description = sys.modules["__main__"].__doc__
     # The settings file explains every field; a variant's may not.
     source = inspect.getsource(module["defaults"]) if "defaults" in module else ""
@@ -125,13 +122,13 @@ def _parse(name):
     parser.epilog = (
         f"tasks: {', '.join(module.get('TASKS', ()))}\nfields, for task custom:\n{fields}"
     )
-    parser.error = _refuse
     add = parser.add_argument
     add("--config", metavar="FILE:TASK", help=f"settings, such as configs/{name}.py:<task>")
     add("--workdir", help=f"run folder, by default runs/{name}/<task and settings>/<seed>")
     add("--noresume", dest="resume", action="store_false", help="set an earlier run aside")
     add("--distributed", help="auto, or <host>:<port>,<processes>,<i>: share the seeds")
-    return parser.parse_known_args()
+    with explained("unknown command line", "see --help"):
+        return parser.parse_known_args()
 
 
 def load_config(name: str, file: str | None, settings: list[str]):

@@ -14,8 +14,9 @@ class Diverged(InputError):
 def brief(what, length: int = 200) -> str:
     """An error with its type, or any other object, on one line for use within a sentence."""
     text = " ".join(str(what).split()).rstrip(".")[:length]
-    kind = type(what).__name__
-    return ": ".join(filter(None, (kind, text))) if isinstance(what, Exception) else text
+    if isinstance(what, Exception):
+        text = f"{type(what).__name__}: {text}".removesuffix(": ")
+    return text
 
 
 @contextlib.contextmanager

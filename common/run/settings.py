@@ -7,7 +7,7 @@ import re
 import jax
 import ml_collections
 
-from common.run.errors import InputError
+from common.run.errors import InputError, explained
 from common.run.workdir import absolute, check_folder, check_same, load_settings
 
 CHOICES = {
@@ -118,12 +118,9 @@ def use_jax_defaults() -> None:
     options |= {"numpy_rank_promotion": "allow"}
     for option, value in options.items():
         jax.config.update(f"jax_{option}", value)
-    try:
+    what = f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}"
+    with explained(what, "unset JAX_PLATFORMS, or install JAX for it"):
         jax.devices()
-    except (RuntimeError, AssertionError):
-        platform = jax.config.jax_platforms
-        fix = "unset JAX_PLATFORMS, or install JAX for it"
-        raise InputError(f"JAX finds no device of JAX_PLATFORMS={platform}: {fix}") from None
 
 
 def needs_iql(config) -> bool:

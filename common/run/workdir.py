@@ -11,9 +11,6 @@ import filelock
 from common.run.errors import InputError, explained
 from common.run.stopping import stop_if_told
 
-# Of a run that is worth keeping.
-TRACES = ("scores.csv", "*.msgpack", "unfinished/*.msgpack", "unfinished/*.broken")
-
 
 def check_same(theirs: dict, config, free, what: str, fix: str) -> None:
     """Raises InputError unless the settings are `theirs`, except in the `free` fields."""
@@ -49,7 +46,8 @@ def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> di
 
 def has_run(workdir: str) -> bool:
     """Whether there is a run that is worth keeping in `workdir`."""
-    return any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in TRACES)
+    kept = ("scores.csv", "*.msgpack", "unfinished/*.msgpack", "unfinished/*.broken")
+    return any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in kept)
 
 
 def check_folder(workdir: str, config, resume: bool, may_change) -> None:

@@ -233,7 +233,7 @@ def test_a_platform_that_is_not_there_is_named():
     env = os.environ | {"JAX_PLATFORMS": "cuda"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "JAX finds no device of JAX_PLATFORMS=cuda: unset JAX_PLATFORMS" in done.stderr
+    assert "JAX finds no device of JAX_PLATFORMS=cuda (" in done.stderr
 
 
 def test_prepare_fits_the_size_of_a_call_and_freezes(tmp_path, monkeypatch):
