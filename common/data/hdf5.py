@@ -13,7 +13,7 @@ from common.data.d4rl import Task, reference_of
 from common.envs.make import env_spec
 from common.run.errors import InputError, explained
 
-COPY = "give a complete copy of it, or record it again"
+REPLACE = "give a complete copy of it, or record it again"
 NEEDED = ("observations", "actions", "rewards", "terminals")
 # Wrappers that evaluation keeps: Gymnasium's own, except those that change the reward, normalise by
 # statistics that the data set does not hold, or make pictures.
@@ -27,7 +27,7 @@ def read_hdf5(path: str, env: str | None, task: Task | None) -> tuple:
     """
     if not os.path.isfile(path):
         raise InputError(f"no file {path}: check --config.dataset or --config.dataset_path")
-    with explained(f"{path} is not readable", COPY), open_hdf5(path) as file:
+    with explained(f"{path} is not readable", REPLACE), open_hdf5(path) as file:
         named = file.attrs.get("env_id", "")
         named = named.decode() if isinstance(named, bytes) else named
         if env or not named:

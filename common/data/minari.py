@@ -9,7 +9,7 @@ from gymnasium.envs.registration import WrapperSpec
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.data.d4rl import reference_of
-from common.data.hdf5 import COPY, open_hdf5, own_spec, read_columns
+from common.data.hdf5 import REPLACE, open_hdf5, own_spec, read_columns
 from common.envs.make import check_spaces, env_spec, flatten
 from common.run.errors import InputError, explained
 
@@ -29,7 +29,7 @@ def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
         if not path.is_dir():
             print(f"downloading {dataset_id} into {path}, once", flush=True)
             minari.download_dataset(dataset_id)
-    with explained(f"Minari data set '{dataset_id}' in {path} is not readable", COPY):
+    with explained(f"Minari data set '{dataset_id}' in {path} is not readable", REPLACE):
         metadata = json.loads((path / "data" / "metadata.json").read_text(encoding="utf-8"))
         if not metadata.keys() >= {"observation_space", "action_space"}:
             raise KeyError("no spaces")  # Minari would make the environment that the file names

@@ -18,7 +18,6 @@ from common.run.records import Records, print_table
 from common.run.settings import needs_iql
 from common.run.workdir import as_json, locked, set_aside, write_json
 
-PHASES = ("label the trusted rows with IQL", "train offline", "fine-tune online")
 _open = []  # the run of this process that holds a lock, writers and a progress bar
 
 
@@ -66,9 +65,10 @@ class Run:
                 self._held.enter_context(lock())
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
             offline = 0 if config.offline_checkpoint else config.offline_steps
-            steps = (config.iql_steps * needs_iql(config), offline, config.online_steps)
-            plan = [f"{what} ({n:,} steps)" for what, n in zip(PHASES, steps, strict=True) if n]
-            print(f"begins {workdir}: {', then '.join(plan)}")
+            plan = {"label the trusted rows with IQL": config.iql_steps * needs_iql(config)}
+            plan |= {"train offline": offline, "fine-tune online": config.online_steps}
+            parts = [f"{what} ({n:,} steps)" for what, n in plan.items() if n]
+            print(f"begins {workdir}: {', then '.join(parts)}")
             print("compiling, 10 to 40 s on a CPU unless these programs are known", flush=True)
         os.makedirs(self._unfinished, exist_ok=True)
         self._records = Records(workdir, config, dataset)
@@ -166,6 +166,7 @@ class Run:
         self._bar.set_description(f"{self._phase} (evaluating)", refresh=sys.stderr.isatty())
         with self._clock.measure("evaluating"):
             episodes = play()
+        self._bar.set_description(self._phase, refresh=False)
         returns, scores = episodes.returns, self._dataset.score(episodes.returns)
         columns = {"score": scores.mean(1), "return_mean": returns.mean(1)}
         columns |= {"return_std": returns.std(1), "success_rate": episodes.success.mean(1)}

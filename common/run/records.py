@@ -47,13 +47,14 @@ class Records:
         self.writers = {s: SummaryWriter(f"{folder}/seed_{s}", max_queue=0) for s in self.seeds}
 
     def of(self, seed, *phases) -> list[dict]:
-        """The evaluations of one seed in these phases."""
-        return [e for e in self.evaluations if e["seed"] == seed and e["phase"] in phases]
+        """The evaluations of one seed in these phases, by default in all."""
+        rows = [row for row in self.evaluations if row["seed"] == seed]
+        return [row for row in rows if row["phase"] in phases or not phases]
 
     def column(self, name, *phases) -> np.ndarray:
-        """One measure at every evaluation, by default offline and online: [S, T]."""
-        rows = [self.of(seed, *phases or ("offline", "online")) for seed in self.seeds]
-        return np.array([[row.get(name, np.nan) for row in of_seed] for of_seed in rows])
+        """One measure at every evaluation in these phases, by default in all: [S, T]."""
+        measure = lambda seed: [row.get(name, np.nan) for row in self.of(seed, *phases)]
+        return np.array([measure(seed) for seed in self.seeds])
 
     def write(self) -> None:
         """Rewrites both tables and adds what is new to tensorboard. Raises OSError."""

@@ -93,8 +93,8 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
     config = ml_collections.ConfigDict(config)
     check_bounds(config)
     file = (config.dataset or "").removeprefix("d4rl:")
-    is_file = file.endswith((".hdf5", ".h5")) and os.path.isfile(os.path.expanduser(file))
-    config.dataset_path = config.dataset_path or (file if is_file else None)
+    if file.endswith((".hdf5", ".h5")):
+        config.dataset_path = config.dataset_path or file
     for field in ("dataset_path", "offline_checkpoint", "cache_dir"):
         if config[field]:
             config[field] = absolute(config[field], f"--config.{field}")
