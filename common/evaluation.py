@@ -35,10 +35,9 @@ class Evaluator:
 
     def __init__(self, dataset: Dataset, num_seeds: int, episodes: int, seed: int):
         self.shape, self.normalizer = (num_seeds, episodes), dataset.normalizer
-        new_slot = lambda _: Slot(dataset.env, dataset.observation_keys)
-        self.slots = list(map(new_slot, range(num_seeds * episodes)))
+        places = list(np.ndindex(*self.shape))
+        self.slots = [Slot(dataset.env, dataset.observation_keys) for _ in places]
         # A seed starts from the same states whether it is evaluated alone or with others.
-        places = np.ndindex(*self.shape)
         self.seeds = [(SEED_BLOCK * (seed + i) + j) % 2**31 for i, j in places]
 
     def __call__(self, act, actor_params) -> Episodes:
@@ -61,7 +60,7 @@ class Collector:
 
     def __init__(self, dataset: Dataset, num_seeds: int, seed: int):
         self.slots = [Slot(dataset.env, dataset.observation_keys) for _ in range(num_seeds)]
-        self.normalizer, self.env_id, self.first_seed = dataset.normalizer, dataset.env.id, seed
+        self.normalizer, self.first_seed = dataset.normalizer, seed
         # The last seed of each block; evaluations take the first.
         self.seeds = [(SEED_BLOCK * (seed + i + 1) - 1) % 2**31 for i in range(num_seeds)]
 
@@ -87,8 +86,8 @@ class Collector:
         reward, terminated, _ = np.array(results, np.float32).T
         if not np.isfinite(reward).all():  # it would spoil the buffer and every later update
             raise InputError(
-                f"{self.env_id} gave a reward that is not finite at environment step {self.steps}: "
-                "fix the environment, then give the same command to resume"
+                f"{self.slots[0].name} gave a reward that is not finite at environment step "
+                f"{self.steps}: fix the environment, then give the same command to resume"
             )
         return Outcome(reward, next_obs, terminated, self._observations(), finished)
 

@@ -21,7 +21,7 @@ def cached_labels(make, data, config) -> np.ndarray:
     """
     arrays = fingerprint(*(np.asarray(x) for x in data if x is not None))
     name = "-".join(map(str, (arrays, *(config[field] for field in FIELDS))))
-    path = os.path.join(os.path.expanduser(config.cache_dir), "labels", f"{name}.npz")
+    path = os.path.join(config.cache_dir, "labels", f"{name}.npz")
     busy = f"waiting for the process that makes the labels {path}"
     with locked(f"{path}.lock", busy, waits=True):
         # Missing or broken: NumPy and zipfile raise many kinds.

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.envs.make import brief
-from common.run.errors import InputError
+from common.run.errors import explained
 from common.run.workdir import absolute
 
 # Robots: the Gymnasium task of the same rewards, and D4RL's random and expert returns, between
@@ -63,18 +62,16 @@ def fetch(task: Task) -> str:
     if path.is_file():
         return str(path)
     print(f"downloading {task.file} into {folder}, once", flush=True)
-    try:
+    what = f"cannot download {task.file} from huggingface.co/datasets/{MIRROR} into {folder}"
+    fix = (
+        "set D4RL_DATASET_DIR for another folder or HF_ENDPOINT for another mirror, or download "
+        "the file yourself and give --config.dataset_path=<file>"
+    )
+    with explained(what, fix):
         from huggingface_hub import hf_hub_download  # resumes, and lets other processes wait
 
         place = {"repo_type": "dataset", "revision": task.revision, "local_dir": folder}
         return hf_hub_download(MIRROR, task.file, **place)
-    except Exception as error:  # the client raises many kinds
-        raise InputError(
-            f"cannot download {task.file} from huggingface.co/datasets/{MIRROR} into {folder} "
-            f"({brief(error.__cause__ or error)}): set D4RL_DATASET_DIR for another folder or "
-            "HF_ENDPOINT for another mirror, or download the file yourself and give "
-            "--config.dataset_path=<file>"
-        ) from None
 
 
 def reference_of(metadata, env_name: str) -> tuple[float, float] | None:

@@ -49,22 +49,15 @@ gymnasium.register("ssar-jax/SparseReacher-v0", f"{__name__}:SparseReacher", max
 
 def demo_dataset_id(name: str) -> str:
     """A demo's Minari id; on first use, one process records it and the others wait."""
-    dataset_id = DEMOS[name][0]
-    if _is_complete(dataset_id):
-        return dataset_id
-    busy = "waiting for the process that records the demo"
+    dataset_id, busy = DEMOS[name][0], "waiting for the process that records the demo"
     with locked(get_dataset_path(".ssar-jax.lock"), busy, waits=True):
-        if not _is_complete(dataset_id):
-            print(f"recording the {name} data set, once (a few seconds)", flush=True)
-            shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
-            _record(*DEMOS[name])
+        with contextlib.suppress(Exception):  # Minari raises many kinds for what a kill has left
+            if minari.load_dataset(dataset_id).total_episodes > 0:
+                return dataset_id
+        print(f"recording the {name} data set, once (a few seconds)", flush=True)
+        shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
+        _record(*DEMOS[name])
     return dataset_id
-
-
-def _is_complete(dataset_id):
-    """False also for what a killed process has left."""
-    with contextlib.suppress(Exception):  # Minari raises many kinds
-        return minari.load_dataset(dataset_id).total_episodes > 0
 
 
 def _record(dataset_id, env_id, reference):

@@ -10,9 +10,10 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from common.data.d4rl import Task, reference_of
-from common.envs.make import brief, env_spec
-from common.run.errors import InputError
+from common.envs.make import env_spec
+from common.run.errors import InputError, explained
 
+REPLACE = "give a complete copy of it, or record it again"
 NEEDED = ("observations", "actions", "rewards", "terminals")
 # Wrappers that evaluation keeps: Gymnasium's own, except those that change the reward, normalise by
 # statistics that the data set does not hold, or make pictures.
@@ -26,45 +27,33 @@ def read_hdf5(path: str, env: str | None, task: Task | None) -> tuple:
     """
     if not os.path.isfile(path):
         raise InputError(f"no file {path}: check --config.dataset or --config.dataset_path")
-    try:
-        with open_hdf5(path) as file:
-            attributes = file.attrs
-            named = attributes.get("env_id", "")
-            named = named.decode() if isinstance(named, bytes) else named
-            if env or not named:
-                spec = env_spec(env or (task and task.env_id), path)
-            else:
-                spec = own_spec(path, named, json.loads(attributes.get("env_kwargs", "{}")))
-            stored = {key: file[key] for key in file if isinstance(file.get(key), h5py.Dataset)}
-            reference = reference_of(attributes, spec.name)
-            return spec, reference, read_columns(path, stored)
-    except InputError:
-        raise
-    except Exception as error:  # broken bytes raise many kinds
-        raise unreadable(path, error) from None
+    with explained(f"{path} is not readable", REPLACE), open_hdf5(path) as file:
+        named = file.attrs.get("env_id", "")
+        named = named.decode() if isinstance(named, bytes) else named
+        if env or not named:
+            spec = env_spec(env or (task and task.env_id), path)
+        else:
+            spec = own_spec(path, named, json.loads(file.attrs.get("env_kwargs", "{}")))
+        stored = {key: file[key] for key in file if isinstance(file.get(key), h5py.Dataset)}
+        return spec, reference_of(file.attrs, spec.name), read_columns(path, stored)
 
 
 def open_hdf5(path: str) -> h5py.File:
-    """The file, to read. Raises InputError if a part of it lies in another file."""
+    """The file, to read. Raises InputError if it is locked, or if a part lies elsewhere."""
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        if "No locks available" not in str(error):
+        if "unable to lock" not in str(error):
             raise
+        if "No locks available" not in str(error):
+            fix = "close the program that writes it, or set HDF5_USE_FILE_LOCKING=FALSE"
+            raise InputError(f"{path} is locked: {fix}") from None
         file = h5py.File(path, "r", locking=False)
     is_outside = lambda x: isinstance(x, h5py.Dataset) and (x.external or x.is_virtual)
     link = file.visititems_links(lambda name, x: isinstance(x, h5py.ExternalLink) and name or None)
     if name := link or file.visititems(lambda name, x: is_outside(x) and name or None):
         raise InputError(f"{path}: '{name}' lies in another file: copy its numbers into this one")
     return file
-
-
-def unreadable(what: str, error: Exception) -> InputError:
-    """The sentence about data that are broken, or open elsewhere."""
-    reason, fix = brief(error), "give a complete copy of it, or record it again"
-    if "unable to lock" in reason:
-        fix = "close the program that writes it, or set HDF5_USE_FILE_LOCKING=FALSE"
-    return InputError(f"{what} is not readable ({type(error).__name__}: {reason}): {fix}")
 
 
 def own_spec(source: str, env_id: str, kwargs: dict | None, wrappers=()) -> EnvSpec:

@@ -9,9 +9,9 @@ from gymnasium.envs.registration import WrapperSpec
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.data.d4rl import reference_of
-from common.data.hdf5 import open_hdf5, own_spec, read_columns, unreadable
-from common.envs.make import brief, check_spaces, env_spec, flatten
-from common.run.errors import InputError
+from common.data.hdf5 import REPLACE, open_hdf5, own_spec, read_columns
+from common.envs.make import check_spaces, env_spec, flatten
+from common.run.errors import InputError, explained
 
 
 def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
@@ -21,17 +21,15 @@ def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
     """
     local_id = dataset_id.partition("://")[2].partition("/")[2] or dataset_id
     path = get_dataset_path(local_id)
-    try:
+    fix = (
+        "see `minari list local` and `minari list remote`; D4RL's tasks have names like "
+        "hopper-medium-v2, and files are given as --config.dataset=d4rl:<file>"
+    )
+    with explained(f"no Minari data set '{dataset_id}', neither here nor at its remote", fix):
         if not path.is_dir():
             print(f"downloading {dataset_id} into {path}, once", flush=True)
             minari.download_dataset(dataset_id)
-    except Exception as error:  # Minari and its remotes raise many kinds
-        raise InputError(
-            f"no Minari data set '{dataset_id}', neither here nor at its remote "
-            f"({brief(error)}): see `minari list local` and `minari list remote`; D4RL's tasks "
-            "have names like hopper-medium-v2, and files are given as --config.dataset=d4rl:<file>"
-        ) from None
-    try:
+    with explained(f"Minari data set '{dataset_id}' in {path} is not readable", REPLACE):
         metadata = json.loads((path / "data" / "metadata.json").read_text(encoding="utf-8"))
         if not metadata.keys() >= {"observation_space", "action_space"}:
             raise KeyError("no spaces")  # Minari would make the environment that the file names
@@ -48,10 +46,6 @@ def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
         print(f"reading {stored.total_episodes:,} episodes of {dataset_id}", flush=True)
         columns = read_columns(dataset_id, _join_episodes(dataset_id, stored, keys))
         return spec, reference_of(metadata, spec.name), columns
-    except InputError:
-        raise
-    except Exception as error:  # Minari raises many kinds for data in another form than its own
-        raise unreadable(f"Minari data set '{dataset_id}' in {path}", error) from None
 
 
 def _join_episodes(source, stored, keys) -> dict[str, np.ndarray]:

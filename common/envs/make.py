@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from common.run.errors import Diverged, InputError
+from common.run.errors import Diverged, InputError, brief, explained
 
 ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
 TRIAL = 10_000  # steps in which an environment without a time limit has to end
@@ -19,19 +19,16 @@ TRIAL = 10_000  # steps in which an environment without a time limit has to end
 KNOWN_MODULES = (f"{__package__}.antmaze", "gymnasium_robotics", "common.data.demo")
 
 
-def brief(what) -> str:
-    """An error's message, or any other object, on one line, for use within a sentence."""
-    return " ".join(str(what).split()).rstrip(".")[:200] or type(what).__name__
-
-
 def env_spec(env: str | None, source: str) -> EnvSpec:
     """Gymnasium's specification of an id or <module>:<id>; `source` is for the InputError."""
     if not env:
-        raise InputError(
-            f"{source} does not name its environment: give --config.env=<Gymnasium id>"
-        )
+        raise InputError(f"{source} names no environment: give --config.env=<Gymnasium id>")
     module, _, env_id = env.rpartition(":")
-    try:
+    fix = (
+        "give --config.env=<Gymnasium id>, or --config.env=<module>:<id> with the module that "
+        "registers it; `pip install gymnasium-robotics` brings PointMaze, Adroit and others"
+    )
+    with explained(f"unknown environment '{env}'", fix):
         if module:
             importlib.import_module(module)  # registers its environments
         for known in KNOWN_MODULES:
@@ -39,12 +36,6 @@ def env_spec(env: str | None, source: str) -> EnvSpec:
                 with contextlib.suppress(ImportError):
                     importlib.import_module(known)
         return copy.deepcopy(gymnasium.spec(env_id))
-    except Exception as error:  # an imported module can raise anything
-        raise InputError(
-            f"unknown environment '{env}' ({brief(error)}): give --config.env=<Gymnasium id>, "
-            "or --config.env=<module>:<id> with the module that registers it; `pip install "
-            "gymnasium-robotics` brings PointMaze, Adroit and others"
-        ) from None
 
 
 def make_env(spec: EnvSpec) -> gymnasium.Env:
@@ -136,7 +127,8 @@ def try_env(spec: EnvSpec, source: str, keys: tuple, found: tuple | None = None)
     keys: the user's choice. found: the widths of the data's observations and actions, if any.
     Returns the keys in use, the widths, and the bounds of its actions, float64 [2, A].
     """
-    try:
+    fix = "fix it or install what it needs, or name another environment with --config.env=<id>"
+    with explained(f"{spec.id} with arguments {brief(spec.kwargs)} fails", fix):
         slot, ended = Slot(spec, keys), False
         actions = slot.env.env.action_space
         bounds = np.array([actions.low.ravel(), actions.high.ravel()], np.float64)
@@ -144,13 +136,6 @@ def try_env(spec: EnvSpec, source: str, keys: tuple, found: tuple | None = None)
         widths = slot.obs.size, bounds.shape[1]
         while not ended and slot.length < (1 if spec.max_episode_steps else TRIAL):
             ended = any(slot.step(slot.env.action_space.sample())[1:])
-    except InputError:
-        raise
-    except Exception as error:  # an environment can raise anything
-        raise InputError(
-            f"{spec.id} with arguments {brief(spec.kwargs)} fails ({brief(error)}): fix it "
-            "or install what it needs, or name another environment with --config.env=<id>"
-        ) from None
     if found and found != widths:
         known = ",".join(sorted(slot.env.observation_space) if slot.keys else ())
         keys = f", or choose among its --config.observation_keys={known}" if known else ""

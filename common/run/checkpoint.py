@@ -10,10 +10,8 @@ import jax
 import numpy as np
 from flax import serialization
 
-from common.run.errors import InputError
+from common.run.errors import InputError, brief, explained
 from common.run.workdir import write_file
-
-PHASES = ("iql", "offline", "online")  # of a run, in this order
 
 
 def write(path: str, content: dict) -> None:
@@ -53,8 +51,7 @@ def from_dict(like, content: dict, what: str):
     try:
         return jax.tree.map(fit, like, serialization.from_state_dict(like, content))
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} is of another script or version ({reason})") from None
+        raise InputError(f"{what} is of another script or version ({brief(error)})") from None
 
 
 def _is_key(x):
@@ -63,7 +60,8 @@ def _is_key(x):
 
 def list_unfinished(folder: str, phase: str = "*") -> list[str]:
     """The checkpoints <phase>-<step>.msgpack in a folder, the newest first."""
-    place = lambda path: (PHASES.index(path.stem.split("-")[0]), int(path.stem.split("-")[1]))
+    # The alphabetical order of iql, offline and online is their order in a run.
+    place = lambda path: (path.stem.split("-")[0], int(path.stem.split("-")[1]))
     return [str(x) for x in sorted(Path(folder).glob(f"{phase}-*.msgpack"), key=place)][::-1]
 
 
@@ -90,12 +88,9 @@ def save_checkpoint(workdir: str, name: str, state, trusted, dataset) -> None:
 def load_checkpoint(workdir: str, name: str = "checkpoint") -> dict:
     """What save_checkpoint wrote, as nested dictionaries of NumPy arrays. Raises InputError."""
     path = os.path.join(os.path.expanduser(workdir), f"{name}.msgpack")
-    try:
+    fix = "name the folder of a run whose training has ended"
+    with explained(f"no usable checkpoint {path}", fix):
         return serialization.msgpack_restore(_read(path))
-    except OSError as error:
-        reason = error.strerror or error
-        fix = "name the folder of a run whose training has ended"
-        raise InputError(f"no usable checkpoint {path} ({reason}): {fix}") from None
 
 
 def load_offline(config, dataset, like):
@@ -104,7 +99,7 @@ def load_offline(config, dataset, like):
     like: a tree of the state's shapes. Raises InputError.
     """
     flag = f"--config.offline_checkpoint={config.offline_checkpoint}"
-    saved = load_checkpoint(config.offline_checkpoint, _offline_name(config))
+    saved = load_checkpoint(config.offline_checkpoint, _offline_path(config).stem)
     if saved["fingerprint"] != dataset.fingerprint:
         raise InputError(f"{flag} was trained on other data than {dataset.source}: name its own")
     if np.any(saved["state"].get("online_step", 0)):
@@ -114,14 +109,12 @@ def load_offline(config, dataset, like):
 
 def origin(config, dataset) -> str:
     """What a run begins from: the data's fingerprint and the digest of an offline checkpoint."""
-    path, digest = Path(config.offline_checkpoint or "", f"{_offline_name(config)}.msgpack"), b""
-    if config.offline_checkpoint and path.is_file():
-        digest = path.read_bytes()[:32]
+    path = config.offline_checkpoint and _offline_path(config)
+    digest = path.read_bytes()[:32] if path and path.is_file() else b""
     return dataset.fingerprint + digest.hex()
 
 
-def _offline_name(config):
+def _offline_path(config):
     """The checkpoint from the end of offline training; a run that continued online has two."""
-    name = "offline_checkpoint"
-    is_there = os.path.exists(os.path.join(config.offline_checkpoint or "", f"{name}.msgpack"))
-    return name if is_there else "checkpoint"
+    path = Path(config.offline_checkpoint, "offline_checkpoint.msgpack")
+    return path if path.exists() else path.with_name("checkpoint.msgpack")

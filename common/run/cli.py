@@ -5,6 +5,7 @@ import ast
 import contextlib
 import difflib
 import errno
+import inspect
 import os
 import re
 import runpy
@@ -16,10 +17,10 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from common.run.errors import Diverged, InputError, Stopped
-from common.run.folder import close_run, explain
+from common.run.errors import InputError, brief, explained
+from common.run.folder import close_run
 from common.run.settings import default_folder, scale_settings
-from common.run.stopping import catch_signals
+from common.run.stopping import Stopped, catch_signals
 from common.run.workdir import absolute, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -39,14 +40,9 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text):
-        self._try(lambda: self._stream.write(text))
-
-    def flush(self):
-        self._try(lambda: self._stream.flush())
-
-    def _try(self, action):
         try:
-            action()
+            self._stream.write(text)
+            self._stream.flush()
         except (OSError, ValueError):  # full, gone or closed
             nowhere = open(os.devnull, "w")  # what waits in a buffer goes there too
             with contextlib.suppress(OSError, ValueError):
@@ -83,7 +79,7 @@ def run(main, name: str) -> None:
         print(f"{name}: stopped by {stopped}: the same command {how}", flush=True)
         os._exit(stopped.status)  # at once: other hosts would hold it up
     except Exception as error:
-        _fail(explain(error) if isinstance(error, Diverged) else error, name, workdir)
+        _fail(error, name, workdir)
     finally:
         close_run()
 
@@ -96,9 +92,9 @@ def _report_thread(failure):
 def _fail(error, name, workdir):
     """Ends the process with one sentence; raises errors that are not the user's."""
     close_run()  # and with it the progress bar
-    reason = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        error = InputError(f"out of memory ({reason}): lower --config.num_seeds or batch_size")
+        fix = "lower --config.num_seeds or batch_size"
+        error = InputError(f"out of memory ({brief(error)}): {fix}")
     is_full = isinstance(error, OSError) and error.errno in NO_ROOM
     if is_full:
         where = error.filename or workdir
@@ -112,31 +108,27 @@ def _fail(error, name, workdir):
     sys.exit(1)
 
 
-def _refuse(message):
-    raise InputError(message)
-
-
 def _parse(name):
     """The flags, and the settings among the arguments."""
     module, _ = _load(f"{ROOT}/configs/{name}.py")
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(name, formatter_class=layout, allow_abbrev=False)
+    strict = {"allow_abbrev": False, "exit_on_error": False}
+    parser = argparse.ArgumentParser(name, formatter_class=layout, **strict)
     parser.description = sys.modules["__main__"].__doc__
-    # The settings file explains every field.
-    of = getattr(module.get("defaults"), "__code__", _parse.__code__)  # a variant may have none
-    source = Path(of.co_filename).read_text(encoding="utf-8")
+    # The settings file explains every field; a variant's may not.
+    source = inspect.getsource(module["defaults"]) if "defaults" in module else ""
     fields = source.partition("ConfigDict()\n")[2].partition("    return c\n")[0]
     fields = re.sub(r"c\.(\w+) = (config_dict\.placeholder\(\w+\))?", r"--config.\1=", fields)
     parser.epilog = (
         f"tasks: {', '.join(module.get('TASKS', ()))}\nfields, for task custom:\n{fields}"
     )
-    parser.error = _refuse
     add = parser.add_argument
     add("--config", metavar="FILE:TASK", help=f"settings, such as configs/{name}.py:<task>")
     add("--workdir", help=f"run folder, by default runs/{name}/<task and settings>/<seed>")
     add("--noresume", dest="resume", action="store_false", help="set an earlier run aside")
     add("--distributed", help="auto, or <host>:<port>,<processes>,<i>: share the seeds")
-    return parser.parse_known_args()
+    with explained("unknown command line", "see --help"):
+        return parser.parse_known_args()
 
 
 def load_config(name: str, file: str | None, settings: list[str]):
@@ -182,36 +174,23 @@ def _read(config, field, text):
         near = " or ".join(near) if field != "task" else "--config=<file>:<task>"
         raise InputError(f"no field '{field}': did you mean {near}?")
     kind = config.get_type(field)
+    if kind is str:
+        return text
     try:
-        value = READ.get(kind, str)(text)
-        if not isinstance(value, kind):
+        given = ast.literal_eval(text.capitalize() if kind is bool else text)
+        if kind(given) != given or isinstance(given, bool) != (kind is bool):  # 1e4 is an int too
             raise ValueError
-        return value
-    except (ValueError, SyntaxError, KeyError, TypeError):
+        return kind(given)
+    except (ValueError, SyntaxError, TypeError, OverflowError):
         raise InputError(f"--config.{field}={text} must be of type {kind.__name__}") from None
-
-
-def _read_int(text):
-    """10000, 10_000 or 1e4."""
-    if not float(text).is_integer():
-        raise ValueError
-    return int(float(text))
-
-
-TRUTH = {"true": True, "false": False}
-READ = {bool: lambda text: TRUTH[text.lower()], tuple: ast.literal_eval}
-READ |= {int: _read_int, float: float}
 
 
 def _load(path, *task):
     """A settings file as a dictionary of its names, and the ConfigDict that it gives."""
-    try:
+    what, fix = f"the settings {':'.join([path, *task])} cannot be loaded", "fix or replace them"
+    with explained(what, fix):
         module = runpy.run_path(path)
         return module, ml_collections.ConfigDict(module["get_config"](*task))
-    except Exception as error:  # a settings file can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        what = ":".join([path, *task])
-        raise InputError(f"the settings {what} cannot be loaded: {reason}") from None
 
 
 def join_hosts(hosts: str, config) -> None:
@@ -223,14 +202,11 @@ def join_hosts(hosts: str, config) -> None:
     if config.offline_checkpoint:
         raise InputError(f"{flag} is for new runs: resume from each process's folder by itself")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
-    try:
+    with explained(f"{flag} cannot be used", "give auto, or <host>:<port>,<processes>,<i>"):
         address, count, i = (None,) * 3 if hosts == "auto" else hosts.split(",")
         place = () if hosts == "auto" else (address, int(count), int(i))
         # The first to end waits for the last, and episodes differ in length.
         jax.distributed.initialize(*place, shutdown_timeout_seconds=86_400)
-    except (RuntimeError, ValueError) as error:
-        reason, fix = " ".join(str(error).split()), "give auto, or <host>:<port>,<processes>,<i>"
-        raise InputError(f"{flag} cannot be used ({reason}): {fix}") from None
     count = jax.process_count()
     if config.num_seeds % count:
         raise InputError(f"{flag}: {count} processes cannot share {config.num_seeds} seeds evenly")

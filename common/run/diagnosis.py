@@ -53,8 +53,7 @@ def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
     floor, top = dataset.reference or (min(returns), max(returns))
     own = np.mean(dataset.returns) if len(dataset.returns) else floor
     for seed, fraction in zip(records.seeds, trusted_fraction, strict=True):
-        rows = records.of(seed, "offline", "online")
-        for sign, text in signatures(rows, fraction, floor, top, own, config):
+        for sign, text in signatures(records.of(seed), fraction, floor, top, own, config):
             found.append(f"{sign} (seed {seed}): {text}")
     return found
 

@@ -1,6 +1,6 @@
-"""The ways in which a run ends early."""
+"""What a user can fix, in one sentence."""
 
-import signal
+import contextlib
 
 
 class InputError(ValueError):
@@ -11,9 +11,21 @@ class Diverged(InputError):
     """A loss, an action or a parameter is not finite; earlier checkpoints are kept."""
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal stopped the run; `status` is the exit status, 128 + the signal's number."""
+def brief(what, length: int = 200) -> str:
+    """An error with its type, or any other object, on one line for use within a sentence."""
+    text = " ".join(str(what).split()).rstrip(".")[:length]
+    if isinstance(what, Exception):
+        text = f"{type(what).__name__}: {text}".removesuffix(": ")
+    return text
 
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.status = 128 + number
+
+@contextlib.contextmanager
+def explained(what: str, fix: str):
+    """Raises InputError, "<what> (<the error>): <fix>", for every error within except its own."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = brief(error.__cause__ or error, 600)  # long enough for the list of tasks
+        raise InputError(f"{what} ({reason}): {fix}") from None

@@ -5,24 +5,19 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from common.run import checkpoint, diagnosis
+from common.run import checkpoint, diagnosis, stopping
 from common.run.clock import Clock
-from common.run.errors import Diverged, InputError
+from common.run.errors import Diverged, InputError, explained
 from common.run.records import Records, print_table
-from common.run.settings import planned_phases
-from common.run.stopping import is_told, stop_if_told
-from common.run.workdir import as_json, lock_folder, set_aside, write_json
+from common.run.settings import needs_iql
+from common.run.workdir import as_json, locked, set_aside, write_json
 
-PURPOSE = {
-    "iql": "label the trusted rows with IQL",
-    "offline": "train offline",
-    "online": "fine-tune online",
-}
 _open = []  # the run of this process that holds a lock, writers and a progress bar
 
 
@@ -36,16 +31,6 @@ def close_run() -> str | None:
     return run._saved
 
 
-def explain(error: Diverged) -> Diverged:
-    """What the latest run's pending metrics say about a divergence that was seen elsewhere."""
-    try:
-        if _open:
-            _open[-1]._collect()
-    except Diverged as named:
-        return named
-    return error
-
-
 class Run:
     """One run and its folder: six methods, the step of the current phase, and the folder's path.
 
@@ -55,21 +40,21 @@ class Run:
     def __init__(self, script, workdir, config, dataset, resume):
         """Begins the run in `workdir`, or resumes it. Raises InputError if it is in use."""
         close_run()
-        try:
+        with explained(f"--workdir={workdir} cannot be made", "choose another folder"):
             os.makedirs(workdir, exist_ok=True)
-        except OSError as error:
-            reason = f"cannot be made ({error.strerror}): choose another folder"
-            raise InputError(f"--workdir={workdir} {reason}") from None
         self.workdir, self.step, self._phase = workdir, 0, None
         self._script, self._config, self._dataset = script, config, dataset
         self._unfinished = os.path.join(workdir, "unfinished")
-        self._sums, self._pending, self._size = {}, [], 1
-        self._warned, self._saved, self._clock, self._earlier = set(), None, Clock(), 0.0
+        self._sums, self._size, self._warned = {}, 1, set()
+        self._saved, self._clock, self._earlier = None, Clock(), 0.0
         self._saved_at = time.perf_counter()
         self._bar, self._held = tqdm(disable=True), contextlib.ExitStack()
         self._origin = checkpoint.origin(config, dataset)
         _open.append(self)
-        self._held.enter_context(lock_folder(workdir))
+        fix = "wait for it, stop it, or choose another folder"
+        busy = f"--workdir={workdir} is in use by another process: {fix}"
+        lock = partial(locked, os.path.join(workdir, "lock"), busy)
+        self._held.enter_context(lock())
         newest = checkpoint.load_newest(self._unfinished) if resume else None
         if newest and newest.get("origin") != self._origin:
             what = f"the unfinished run in {workdir} had other data or another offline run"
@@ -77,10 +62,13 @@ class Run:
         if not newest:
             if set_aside(workdir):  # the lock's folder too
                 self._held.close()
-                self._held.enter_context(lock_folder(workdir))
+                self._held.enter_context(lock())
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
-            plan = [f"{PURPOSE[x]} ({n:,} steps)" for x, n in planned_phases(config).items()]
-            print(f"begins {workdir}: {', then '.join(plan)}")
+            offline = 0 if config.offline_checkpoint else config.offline_steps
+            plan = {"label the trusted rows with IQL": config.iql_steps * needs_iql(config)}
+            plan |= {"train offline": offline, "fine-tune online": config.online_steps}
+            parts = [f"{what} ({n:,} steps)" for what, n in plan.items() if n]
+            print(f"begins {workdir}: {', then '.join(parts)}")
             print("compiling, 10 to 40 s on a CPU unless these programs are known", flush=True)
         os.makedirs(self._unfinished, exist_ok=True)
         self._records = Records(workdir, config, dataset)
@@ -95,7 +83,7 @@ class Run:
 
     def resume(self, phase: str, tree, total: int):
         """Begins a phase; returns `tree` as this run last saved it in that phase, else as it is."""
-        stop_if_told()
+        stopping.stop_if_told()
         self._phase, self._total, self.step, self._sums = phase, total, 0, {}
         if saved := checkpoint.load_newest(self._unfinished, phase):
             what = f"the unfinished run in {self.workdir}"
@@ -117,39 +105,20 @@ class Run:
             self.step += size
             yield self.step
             calls.append(time.perf_counter() - spent["writing"] - began)
-            if len(calls) == 2:  # the first one compiles
-                self._announce(calls[1] * (self._total - self.step) / size)
+            self._bar.set_description(self._phase, refresh=False)
             self._bar.update(size)
-
-    def _announce(self, seconds):
-        """Says which part of the run has begun, and how long it takes."""
-        phase, phases = self._phase, list(planned_phases(self._config))
-        text = f"{phases.index(phase) + 1} of {len(phases)}: {PURPOSE[phase]}"
-        if phase != "online":  # whose first steps make no updates
-            text += f", about {tqdm.format_interval(seconds)} left"
-        if phase == "iql":
-            text += "; another --config.selection does without"
-        tqdm.write(text, file=sys.stderr)
-        self._bar.set_description(phase, refresh=False)
 
     def log(self, step: int, metrics: dict, finished=()) -> None:
         """Adds the metrics, [S] each, of a compiled call, and episodes. Raises Diverged."""
         for row in finished:
             self._records.episodes.append(row | {"score": self._dataset.score(row["return"])})
-        self._pending.append((step, metrics))
-        if self._phase != "online" or len(self._pending) >= 500:
-            self._collect()
-
-    def _collect(self):
-        """Adds the pending metrics to the sums of the interval. Raises Diverged."""
-        pending, self._pending = self._pending, []
         # Unlike np.asarray, block_until_ready lets signals be heard.
-        for step, metrics in jax.device_get(jax.block_until_ready(pending)):
-            values = {name: np.asarray(x, np.float64) for name, x in metrics.items()}
-            self._check([name for name, x in values.items() if not np.isfinite(x).all()], step)
-            for name, x in values.items():
-                total, count = self._sums.get(name, (0.0, 0))
-                self._sums[name] = [total + self._size * x, count + self._size]
+        metrics = jax.device_get(jax.block_until_ready(metrics))
+        values = {name: np.asarray(x, np.float64) for name, x in metrics.items()}
+        self._check([name for name, x in values.items() if not np.isfinite(x).all()], step)
+        for name, x in values.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = [total + self._size * x, count + self._size]
 
     def _check(self, broken, step):
         """Raises Diverged if anything is broken: β is named first, then the losses."""
@@ -173,9 +142,8 @@ class Run:
         """
         ends = step == self._total or self._phase != "iql" and not step % self._config.eval_interval
         seconds, now = 60 * self._config.checkpoint_minutes, time.perf_counter()
-        if not (ends or is_told() or 0 < seconds <= now - self._saved_at):
+        if not (ends or stopping.received or 0 < seconds <= now - self._saved_at):
             return
-        self._collect()
         with self._clock.measure("writing"):
             content = {"phase": self._phase, "step": step, "origin": self._origin}
             content |= {"tree": checkpoint.to_dict(tree), "sums": self._sums}
@@ -187,14 +155,13 @@ class Run:
             for old in checkpoint.list_unfinished(self._unfinished, self._phase)[2:]:
                 os.remove(old)
         self._saved, self._saved_at = f"{self._phase} step {step}", time.perf_counter()
-        stop_if_told()
+        stopping.stop_if_told()
 
     def evaluate(self, step: int, play, n) -> None:
         """Adds the evaluation play() -> Episodes unless it was made before; n: [S]."""
         rows = self._records.evaluations
         if any((row["phase"], row["step"]) == (self._phase, step) for row in rows):
             return
-        self._collect()
         sums, self._sums = self._sums, {}
         self._bar.set_description(f"{self._phase} (evaluating)", refresh=sys.stderr.isatty())
         with self._clock.measure("evaluating"):
@@ -231,26 +198,21 @@ class Run:
         """
         from common.run.plot import plot_run
 
-        self._bar.close()
         config, stops = self._config, [int(x) if x >= 0 else None for x in np.asarray(n_stopped_at)]
         fractions = [float(of_seed.mean()) if of_seed.size else 1.0 for of_seed in trusted]
         warnings = diagnosis.warnings(config, self._dataset, self._records, fractions)
         results = {"algorithm": self._script, "task": config.task, "seeds": self._records.seeds}
         results |= self._records.results() | {"n_stopped_at": stops, "warnings": warnings}
         results = as_json(results | {"trusted_fraction": fractions})
-        timing = self._clock.report(self._earlier)
         path = lambda name: os.path.join(self.workdir, name)
         plot_run(path("learning_curve.png"), self._records, results, config)
-        write_json(path("timing.json"), timing)
+        write_json(path("timing.json"), self._clock.report(self._earlier))
         write_json(path("results.json"), results)  # the run is finished from here on
         with contextlib.suppress(OSError):
             shutil.rmtree(self._unfinished)
             os.remove(path("lock"))
         close_run()
         print_table(results)
-        speeds = [f"{x:.0f} {phase} steps/s" for phase, x in timing["steps_per_second"].items()]
-        shares = ", ".join(f"{name} {x:.0%}" for name, x in timing["shares"].items())
-        print(f"{', '.join(speeds)}; {timing['wall_seconds']:.0f} s in all: {shares}")
         print(f"-> {self.workdir}", flush=True)
         self._warned.clear()
         self._warn(warnings)

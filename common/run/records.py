@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import io
 import os
 import platform
 import shutil
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from common.run.errors import InputError
+from common.run.errors import explained
+from common.run.workdir import write_file
 
 EVALUATION = "phase step seed score return_mean return_std episodes success_rate".split()
 EPISODE = "step seed score return length success".split()
@@ -33,18 +35,26 @@ class Records:
         self.evaluations, self.episodes, self.shown = [], [], [0, 0]
         folder = os.path.join(workdir, "tensorboard")
         shutil.rmtree(folder, ignore_errors=True)
-        self.wandb = start_wandb(workdir, config) if config.get("wandb") else None
+        self.wandb = None
+        if project := config.get("wandb"):
+            fix = "pip install wandb tensorboard, and wandb login"
+            with explained(f"--config.wandb={project} does not start", fix):
+                import wandb
+
+                settings = {"config": config.to_dict(), "sync_tensorboard": True}
+                self.wandb = wandb.init(project=project, dir=workdir, **settings)
         # Unlimited queues: when a disk is full, nothing empties them and a limit would block.
         self.writers = {s: SummaryWriter(f"{folder}/seed_{s}", max_queue=0) for s in self.seeds}
 
     def of(self, seed, *phases) -> list[dict]:
-        """The evaluations of one seed in these phases."""
-        return [e for e in self.evaluations if e["seed"] == seed and e["phase"] in phases]
+        """The evaluations of one seed in these phases, by default in all."""
+        rows = [row for row in self.evaluations if row["seed"] == seed]
+        return [row for row in rows if row["phase"] in phases or not phases]
 
     def column(self, name, *phases) -> np.ndarray:
-        """One measure at every evaluation, by default offline and online: [S, T]."""
-        rows = [self.of(seed, *phases or ("offline", "online")) for seed in self.seeds]
-        return np.array([[row.get(name, np.nan) for row in of_seed] for of_seed in rows])
+        """One measure at every evaluation in these phases, by default in all: [S, T]."""
+        measure = lambda seed: [row.get(name, np.nan) for row in self.of(seed, *phases)]
+        return np.array([measure(seed) for seed in self.seeds])
 
     def write(self) -> None:
         """Rewrites both tables and adds what is new to tensorboard. Raises OSError."""
@@ -64,11 +74,10 @@ class Records:
         path = os.path.join(self.workdir, name)
         # A success that is NaN was not reported; a score that is NaN is written as it is.
         missing = lambda key, x: x != x and key.startswith("success")
-        with open(f"{path}.tmp", "w", newline="") as file:
-            table = csv.DictWriter(file, columns)
-            table.writeheader()
-            table.writerows({k: x for k, x in row.items() if not missing(k, x)} for row in rows)
-        os.replace(f"{path}.tmp", path)
+        table = csv.DictWriter(text := io.StringIO(), columns)
+        table.writeheader()
+        table.writerows({k: x for k, x in row.items() if not missing(k, x)} for row in rows)
+        write_file(path, text.getvalue().encode())
 
     def _tags(self, row):
         """An evaluation or an episode under the names that the authors' code logs."""
@@ -87,13 +96,10 @@ class Records:
 
     def _regrets(self, seed, step=np.inf):
         """Mean share of failures online up to a step, in evaluations and training episodes."""
-        rows = {"eval_regret": self.of(seed, "online"), "train_regret": self.episodes}
-        success = lambda x: x.get("success_rate", x.get("success"))
-        found = {}
-        for name, of_all in rows.items():
-            seen = [success(x) for x in of_all if x["seed"] == seed and x["step"] <= step]
-            found[name] = 1 - float(np.mean(seen or np.nan))
-        return found
+        played = [x["success_rate"] for x in self.of(seed, "online") if x["step"] <= step]
+        trained = [x["success"] for x in self.episodes if x["seed"] == seed and x["step"] <= step]
+        regret = lambda successes: 1 - float(np.mean(successes or np.nan))
+        return {"eval_regret": regret(played), "train_regret": regret(trained)}
 
     def results(self) -> dict:
         """The measured part of results.json; scores and the like have one entry per seed."""
@@ -139,18 +145,6 @@ class Records:
             writer.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def start_wandb(workdir, config):
-    """Sends what tensorboard gets to Weights & Biases too; a resumed run sends all of it again."""
-    try:
-        import wandb
-
-        settings = {"config": config.to_dict(), "sync_tensorboard": True}
-        return wandb.init(project=config.wandb, dir=workdir, **settings)
-    except Exception as error:
-        what = f"--config.wandb={config.wandb} does not start ({error})"
-        raise InputError(f"{what}: pip install wandb tensorboard, and wandb login") from error
 
 
 def print_table(results: dict) -> None:

@@ -7,7 +7,7 @@ import re
 import jax
 import ml_collections
 
-from common.run.errors import InputError
+from common.run.errors import InputError, explained
 from common.run.workdir import absolute, check_folder, check_same, load_settings
 
 CHOICES = {
@@ -31,8 +31,6 @@ SIZES = ("hidden_dims", "coefficient_hidden_dims", "critic_layers")
 HIGHEST = dict.fromkeys("discount target_update_rate expectile".split(), 1)
 HIGHEST |= dict.fromkeys("actor_lr critic_lr coefficient_lr".split(), 1)
 HIGHEST |= {"num_seeds": 4096, "batch_size": 2**20, "seed": 2**31 - 4097}
-for field in ("clip_diff_min", "clip_diff_max"):
-    LOWEST[field], HIGHEST[field] = -math.inf, math.inf
 # A field, a test of it and of all settings c, and what is wrong where the test fails.
 RULES = (
     ("task", lambda x, c: re.fullmatch(r"\w[\w.-]*", x),
@@ -68,7 +66,6 @@ ONLINE_FIELDS = """online_steps warmup_steps buffer_init buffer_capacity anneal 
     dataset_path cache_dir checkpoint_minutes updates_per_call block_size wandb""".split()
 MAY_CHANGE = ("cache_dir", "dataset_path", "checkpoint_minutes", "block_size", "wandb")
 UNNAMED = ("seed", "offline_checkpoint", *MAY_CHANGE)  # in the names of folders
-PATHS = ("dataset_path", "offline_checkpoint", "cache_dir")
 
 
 def default_folder(name: str, config, given=()) -> str:
@@ -94,9 +91,9 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
     config = ml_collections.ConfigDict(config)
     check_bounds(config)
     file = (config.dataset or "").removeprefix("d4rl:")
-    is_file = file.endswith((".hdf5", ".h5")) and os.path.isfile(os.path.expanduser(file))
-    config.dataset_path = config.dataset_path or (file if is_file else None)
-    for field in PATHS:
+    if file.endswith((".hdf5", ".h5")):
+        config.dataset_path = config.dataset_path or file
+    for field in ("dataset_path", "offline_checkpoint", "cache_dir"):
         if config[field]:
             config[field] = absolute(config[field], f"--config.{field}")
     workdir = absolute(default_folder(name, config) if workdir is None else workdir)
@@ -119,12 +116,9 @@ def use_jax_defaults() -> None:
     options |= {"numpy_rank_promotion": "allow"}
     for option, value in options.items():
         jax.config.update(f"jax_{option}", value)
-    try:
+    what = f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}"
+    with explained(what, "unset JAX_PLATFORMS, or install JAX for it"):
         jax.devices()
-    except (RuntimeError, AssertionError):
-        platform = jax.config.jax_platforms
-        fix = "unset JAX_PLATFORMS, or install JAX for it"
-        raise InputError(f"JAX finds no device of JAX_PLATFORMS={platform}: {fix}") from None
 
 
 def needs_iql(config) -> bool:
@@ -132,14 +126,6 @@ def needs_iql(config) -> bool:
     adaptive = config.coefficient == "adaptive" and not config.offline_checkpoint
     is_used = config.offline_steps or config.buffer_init != "none"
     return bool(adaptive and config.selection == "iql" and is_used)
-
-
-def planned_phases(config) -> dict[str, int]:
-    """The parts of the run in their order, and how many steps each has."""
-    steps = {"iql": config.iql_steps * needs_iql(config), "offline": config.offline_steps}
-    steps |= {"offline": 0} if config.offline_checkpoint else {}
-    steps["online"] = config.online_steps
-    return {phase: steps[phase] for phase in steps if steps[phase]}
 
 
 def divisors(number: int, factor: int) -> list[int]:

@@ -4,9 +4,15 @@ import signal
 import sys
 import threading
 
-from common.run.errors import Stopped
+received = []  # the signal that asks the run to stop
 
-_received = []  # the signal that asks the run to stop
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the run; `status` is the exit status, 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
 
 
 def catch_signals() -> None:
@@ -17,25 +23,20 @@ def catch_signals() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    _received.clear()
+    received.clear()
     signal.signal(signal.SIGINT, _ask_to_stop)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _ask_to_stop)
 
 
-def is_told() -> bool:
-    """Whether a signal has asked the run to stop."""
-    return bool(_received)
-
-
 def stop_if_told() -> None:
     """Raises Stopped if a signal has asked the run to stop."""
-    if _received:
-        raise Stopped(_received[0])
+    if received:
+        raise Stopped(received[0])
 
 
 def _ask_to_stop(number, _):
-    _received.append(number)
+    received.append(number)
     for caught in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(caught) is _ask_to_stop:
             signal.signal(caught, signal.SIG_DFL)

@@ -8,11 +8,8 @@ import sys
 
 import filelock
 
-from common.run.errors import InputError
+from common.run.errors import InputError, explained
 from common.run.stopping import stop_if_told
-
-# Of a run that is worth keeping.
-TRACES = ("scores.csv", "*.msgpack", "unfinished/*.msgpack", "unfinished/*.broken")
 
 
 def check_same(theirs: dict, config, free, what: str, fix: str) -> None:
@@ -42,17 +39,15 @@ def absolute(path: str, flag: str = "--workdir") -> str:
 def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> dict:
     """The settings of the run in `workdir`. Raises InputError when it holds no run."""
     path = os.path.join(absolute(workdir, flag), "config.json")
-    try:
-        with open(path) as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or "not readable"
-        raise InputError(f"{flag}={workdir} is not a run folder ({path}: {reason})") from None
+    what = f"{flag}={workdir} is not a run folder, because {path} is not readable"
+    with explained(what, "name another folder"), open(path) as file:
+        return dict(json.load(file))
 
 
-def has(workdir: str, *patterns: str) -> bool:
-    """Whether there is a file of any of these patterns in `workdir`."""
-    return any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in patterns)
+def has_run(workdir: str) -> bool:
+    """Whether there is a run that is worth keeping in `workdir`."""
+    kept = ("scores.csv", "*.msgpack", "unfinished/*.msgpack", "unfinished/*.broken")
+    return any(glob.glob(os.path.join(glob.escape(workdir), pattern)) for pattern in kept)
 
 
 def check_folder(workdir: str, config, resume: bool, may_change) -> None:
@@ -70,7 +65,7 @@ def check_folder(workdir: str, config, resume: bool, may_change) -> None:
     found -= {"lock", "config.json.tmp"}
     if found and found.isdisjoint({"config.json", "scores.csv", "unfinished"}):
         raise InputError(f"{flag} holds files that are no run: {fix}")
-    if resume and has(workdir, *TRACES):
+    if resume and has_run(workdir):
         fix = f"give the ones there, {fix}, or set it aside with --noresume"
         settings = load_settings(workdir, "--workdir")
         check_same(settings, config, may_change, f"{flag} holds a run", fix)
@@ -82,38 +77,27 @@ def locked(path: str, busy: str, waits: bool = False):
 
     When another process holds it: waits, printing `busy` once, or raises InputError(busy).
     """
-    lock, said = filelock.FileLock(path), False
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=1 if said else 0)
-        except filelock.Timeout:
-            if not waits:
-                raise InputError(busy) from None
-            if not said:
-                print(busy, file=sys.stderr, flush=True)
-            said = True
-            stop_if_told()
-        except OSError as error:
-            what = f"{path} cannot be locked ({error.strerror}): start one run at a time"
-            print(f"warning: {what}", file=sys.stderr, flush=True)
-            break
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not waits:
+            raise InputError(busy) from None
+        print(busy, file=sys.stderr, flush=True)
+        lock.acquire(cancel_check=stop_if_told)
+    except OSError as error:
+        what = f"{path} cannot be locked ({error.strerror}): start one run at a time"
+        print(f"warning: {what}", file=sys.stderr, flush=True)
     try:
         yield
     finally:
         lock.release()
 
 
-def lock_folder(workdir: str):
-    """The lock of a run folder. Entering it raises InputError if another process holds it."""
-    fix = "wait for it, stop it, or choose another folder"
-    busy = f"--workdir={workdir} is in use by another process: {fix}"
-    return locked(os.path.join(workdir, "lock"), busy)
-
-
 def set_aside(workdir: str) -> bool:
     """Renames an earlier run's folder to <workdir>.1, .2, ...; returns whether there was one."""
     workdir, number = os.path.realpath(workdir), 1
-    if not has(workdir, *TRACES):
+    if not has_run(workdir):
         return False
     while os.path.exists(aside := f"{workdir}.{number}"):
         number += 1

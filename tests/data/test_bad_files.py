@@ -68,7 +68,7 @@ def test_bad_columns_are_named(tmp_path, name):
         ({"env_id": np.bytes_("Walk-v9")}, "unknown environment 'Walk-v9'"),
         ({"env_id": "antigravity:Walk-v0"}, "unknown environment 'Walk-v0'"),
         ({"env_kwargs": '{"wind": 3}'}, "ssar-test/Walk-v0 with arguments {'wind': 3} fails ("),
-        ({"env_id": ""}, "does not name its environment: give --config.env=<Gymnasium id>"),
+        ({"env_id": ""}, "names no environment: give --config.env=<Gymnasium id>"),
     ],
 )
 def test_bad_metadata_are_named(tmp_path, attributes, words):

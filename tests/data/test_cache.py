@@ -11,7 +11,7 @@ import pytest
 from toys import tiny_config
 
 from common.data import cached_labels
-from common.run.errors import Stopped
+from common.run.stopping import Stopped
 
 DATA = (np.arange(6.0).reshape(3, 2), np.ones(3), None)
 LABELS = np.array([[True, False, True]])
@@ -75,8 +75,12 @@ def test_who_waits_for_labels_can_be_stopped(tmp_path, monkeypatch):
     cached_labels(lambda: LABELS, DATA, settings(tmp_path))
     (file,) = (tmp_path / "labels").glob("*.npz")
     file.unlink()
-    with filelock.FileLock(f"{file}.lock"), pytest.raises(Stopped):
-        cached_labels(lambda: LABELS, DATA, settings(tmp_path))
+    lock = filelock.FileLock(f"{file}.lock")
+    with ThreadPoolExecutor(1) as other:
+        other.submit(lock.acquire).result()
+        with pytest.raises(Stopped):
+            cached_labels(lambda: LABELS, DATA, settings(tmp_path))
+        other.submit(lock.release).result()
 
 
 def test_labels_that_cannot_be_kept_cost_a_warning(tmp_path, capsys, monkeypatch):

@@ -1,12 +1,13 @@
 """Episodes and transitions against a plain loop, and fingerprints."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.dataset import find_episode_ends, fingerprint
+from common.data.dataset import Dataset, find_episode_ends, fingerprint
 from common.data.load import transitions
-from ssar_td3bc import episodes_of
 
 
 @settings(max_examples=100, deadline=None)
@@ -39,7 +40,8 @@ def test_episodes_against_a_plain_loop(flags, max_steps):
         ends = find_episode_ends(obs, successors, terminals | timeouts, limit)
         assert np.flatnonzero(ends).tolist() == last
         totals = [rewards[episode].sum(dtype=float) for episode in episodes]
-        np.testing.assert_allclose(episodes_of(rewards, ends)[2], totals, atol=1e-6)
+        found = Dataset.returns.fget(SimpleNamespace(rewards=rewards, episode_ends=ends))
+        np.testing.assert_allclose(found, totals, atol=1e-6)
     columns = {"observations": obs, "terminals": terminals, "timeouts": timeouts}
     columns |= {"actions": obs, "rewards": rewards}
     expected = [i for i in range(rows) if i not in last or terminals[i]]

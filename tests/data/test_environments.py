@@ -44,7 +44,7 @@ def test_environments_that_fail_are_named(path, method, error):
         raise error
 
     message = refused(path, env=register("Failing", **{method: fail}))
-    words = str(error) or "AssertionError"
+    words = f"{type(error).__name__}: {error}".removesuffix(": ")
     assert message.startswith(f"ssar-test/Failing-v0 with arguments {{}} fails ({words}): fix it")
 
 

@@ -12,7 +12,8 @@ from common.data import load_dataset
 from common.data.dataset import Normalizer
 from common.evaluation import Collector, Evaluator
 from common.run import stopping
-from common.run.errors import Diverged, InputError, Stopped
+from common.run.errors import Diverged, InputError
+from common.run.stopping import Stopped
 
 HALF = Normalizer(np.full(OBS, 0.5, np.float32), np.full(OBS, 2, np.float32))
 STILL = np.zeros((2, ACTION), np.float32)
@@ -69,7 +70,7 @@ def test_large_seeds_fit_old_random_generators(walk):
 
 
 def test_a_signal_ends_an_evaluation(walk, monkeypatch):
-    monkeypatch.setattr(stopping, "_received", [15])
+    monkeypatch.setattr(stopping, "received", [15])
     with pytest.raises(Stopped) as error:
         Evaluator(walk, 1, 1, 0)(proportional, [1.0])
     assert error.value.status == 143

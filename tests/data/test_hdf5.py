@@ -85,7 +85,7 @@ def test_training_without_data():
     data = load(None, dataset=None)
     assert [getattr(data, name).shape for name in COLUMNS] == [(0, 4), (0, 2), (0,), (0, 4), (0,)]
     assert (data.env.id, data.source, len(data.returns)) == (*["ssar-test/Walk-v0"] * 2, 0)
-    assert "without --config.dataset does not name its" in refused(None, dataset=None, env=None)
+    assert "without --config.dataset names no env" in refused(None, dataset=None, env=None)
 
 
 def test_the_files_attributes_name_environment_and_reference(tmp_path):

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from common.run import stopping
-from common.run.errors import Stopped
+from common.run.stopping import Stopped
 
 
 @pytest.fixture(autouse=True)
 def handlers(monkeypatch):
     """Leaves the handlers of this process as they are."""
-    monkeypatch.setattr(stopping, "_received", [])
+    monkeypatch.setattr(stopping, "received", [])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -25,7 +25,7 @@ def test_the_first_signal_sets_a_flag(number, status, capsys):
     stopping.catch_signals()
     stopping.stop_if_told()
     os.kill(os.getpid(), number)
-    assert stopping.is_told()
+    assert stopping.received == [number]
     assert f"{number.name}: saves after this call; a second signal" in capsys.readouterr().err
     with pytest.raises(Stopped, match=number.name) as error:
         stopping.stop_if_told()

@@ -132,9 +132,9 @@ TABLE = {
     "no full length": ("--config.full_length=0", "full_length=0 must be at least 1"),
     "a text for a truth": ("--config={folder}/text.py", "loosen_bound=yes must be a bool"),
     "a field misspelt in a file": ("--config={folder}/typo.py", "has a field 'n_ende' that ssar_"),
-    "no settings in the file": ("--config={folder}/nothing.py", "loaded: KeyError"),
-    "no Python in the file": ("--config={folder}/prose.py", "loaded: SyntaxError"),
-    "a file that fails": ("--config={folder}/fails.py", "loaded: ModuleNotFoundError: No module"),
+    "no settings in the file": ("--config={folder}/nothing.py", "loaded (KeyError"),
+    "no Python in the file": ("--config={folder}/prose.py", "loaded (SyntaxError"),
+    "a file that fails": ("--config={folder}/fails.py", "loaded (ModuleNotFoundError: No mod"),
     "no settings file": ("--config=configs/none.py", "none.py cannot be loaded"),
     "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "a field 'backup_entropy'"),
     "no such task": (f"--config={ROOT}/configs/ssar_td3bc.py:hoper", "unknown task 'hoper'"),
@@ -154,14 +154,14 @@ TABLE = {
     "nobody's home": ("--workdir=~nobody_here/x", "~nobody_here/x names no folder: give"),
     "widths of halves": (field(hidden_dims="(1.5,2)"), "hidden_dims=(1.5, 2) must be whole"),
     # --- several processes ---
-    "no cluster": ("--distributed=two", "--distributed=two cannot be used (not enough values"),
+    "no cluster": ("--distributed=two", "--distributed=two cannot be used (ValueError: not"),
     "several processes from a checkpoint": (
         ["--distributed=localhost:9,2,0", GO_ON + "finished"], "is for new runs: resume from each"
     ),
     # --- run folders ---
     "a file for a folder": (RUN + "file", "file is a file: choose another folder"),
     "somebody's files": (RUN + "thesis", "thesis holds files that are no run: choose another"),
-    "not to be written": ("--workdir=/proc/x", "/proc/x cannot be made (No such file"),
+    "not to be written": ("--workdir=/proc/x", "/proc/x cannot be made (FileNotFoundError"),
     "another run's": (
         [RUN + "unfinished", *field(seed=3)],
         "holds a run with other settings than seed=3 (there 0): give the ones there, choose",
@@ -170,9 +170,9 @@ TABLE = {
         ("ssar_cql", [RUN + "unfinished"]),
         "holds a run of another script, with expl_noise",
     ),
-    "a run without settings": (RUN + "unnamed", "unnamed is not a run folder ("),
+    "a run without settings": (RUN + "unnamed", "unnamed is not a run folder, because"),
     # --- offline checkpoints ---
-    "no run to continue": ([GO_ON + "none", *ONLINE], "none is not a run folder ("),
+    "no run to continue": ([GO_ON + "none", *ONLINE], "none is not a run folder, because"),
     "nothing to do": (GO_ON + "finished", "online_steps=0 leaves nothing to do: give"),
     "other settings": (
         [GO_ON + "finished", *ONLINE, *field(n_end=5.0)],
@@ -180,9 +180,9 @@ TABLE = {
     ),
     "other data": ([GO_ON + "finished", *ONLINE, *file("other")], "was trained on other data"),
     "a broken checkpoint": ([GO_ON + "broken", *ONLINE], "no usable checkpoint {folder}/broken"),
-    "a pickled checkpoint": ([GO_ON + "swapped", *ONLINE], "its checksum does not match): name"),
-    "settings cut short": ([GO_ON + "mistyped", *ONLINE], "config.json: not readable)"),
-    "settings in a list": ([GO_ON + "listed", *ONLINE], "config.json: not readable)"),
+    "a pickled checkpoint": ([GO_ON + "swapped", *ONLINE], "its checksum does not match"),
+    "settings cut short": ([GO_ON + "mistyped", *ONLINE], "config.json is not readable (JSON"),
+    "settings in a list": ([GO_ON + "listed", *ONLINE], "config.json is not readable (TypeError"),
     "the other script's run": (
         ("ssar_cql", [GO_ON + "finished", *ONLINE]), "is a run of another script, with expl_noise"
     ),

@@ -134,7 +134,7 @@ IMPOSSIBLE = [
     ("cql: num_sampled_actions", 0, "must be at least 1"),
     ("cql: cql_temperature", 0.0, "must be at least 1e-06"),
     ("cql: critic_layers", (3,), "must have a number of layers for each critic"),
-    ("cql: clip_diff_min", NAN, "must be at least -inf"),
+    ("cql: clip_diff_min", NAN, "must be at least -1e+30"),
     ("cql: hidden_dims", (400, 300), "must be equal widths"),
     ("cql: coefficient_init", -1.0, "coefficient_init=-1.0 must be at least 0"),
 ]
@@ -232,7 +232,7 @@ def test_a_platform_that_is_not_there_is_named():
     env = os.environ | {"JAX_PLATFORMS": "cuda"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "JAX finds no device of JAX_PLATFORMS=cuda: unset JAX_PLATFORMS" in done.stderr
+    assert "JAX finds no device of JAX_PLATFORMS=cuda (" in done.stderr
 
 
 def test_prepare_fits_the_size_of_a_call_and_freezes(tmp_path, monkeypatch):

@@ -288,7 +288,7 @@ def test_a_run_that_diverges_keeps_what_it_had(tmp_path):
 
 
 def test_online_divergence_is_named_by_the_command_line(data, tmp_path):
-    """The actor acts before the metrics are fetched; the command line reports the losses."""
+    """Before the actor acts again."""
     command, env = command_of(data, tmp_path)
     command += [f"--config.{x}" for x in ("offline_steps=0", "online_steps=40", "buffer_init=none",
                 "coefficient=fixed", "reward_scale=1e29", "selection=none")]  # fmt: skip
