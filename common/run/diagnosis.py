@@ -15,17 +15,15 @@ def check_trusted(trusted, dataset, config) -> None:
     if not trusted.size or config.coefficient == "fixed":
         return
     what = f"selection={config.selection} trusts nothing in {dataset.source}"
-    lengths = np.diff(np.flatnonzero(dataset.episode_ends), prepend=-1)
-    best = (config.reward_scale * dataset.returns + config.reward_bias * lengths).max()
     fix = {
-        "return": f"give a --config.return_threshold below the best return, {best:.1f}",
-        "success": "give rewards of 1 for success and 0 elsewhere",
+        "return": "lower --config.return_threshold, or leave it out",
         "iql": "lower --config.expectile or raise --config.iql_steps",
     }
+    fix = fix.get(config.selection, "give rewards of two values, for success and failure")
     tqdm.write(f"D̂ holds {trusted.mean():.1%} of the transitions")
-    has_success = config.selection != "success" or (dataset.rewards == 1).any()
-    if not has_success or not trusted.any(axis=1).all():
-        raise InputError(f"{what}: {fix[config.selection]}, or choose another --config.selection")
+    is_dense = config.selection == "success" and len(np.unique(dataset.rewards)) != 2
+    if is_dense or not trusted.any(axis=1).all():
+        raise InputError(f"{what}: {fix}, or choose another --config.selection")
 
 
 def broken_parts(content, name="") -> list[str]:

@@ -64,9 +64,10 @@ class Run:
                 self._held.close()
                 self._held.enter_context(lock())
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
+            iql = config.iql_steps if needs_iql(config) else 0
             offline = 0 if config.offline_checkpoint else config.offline_steps
-            plan = {"label the trusted rows with IQL": config.iql_steps * needs_iql(config)}
-            plan |= {"train offline": offline, "fine-tune online": config.online_steps}
+            plan = {"label the trusted rows, for selection=iql": iql, "train offline": offline}
+            plan |= {"fine-tune online": config.online_steps}
             parts = [f"{what} ({n:,} steps)" for what, n in plan.items() if n]
             print(f"begins {workdir}: {', then '.join(parts)}")
             print("compiling, 10 to 40 s on a CPU unless these programs are known", flush=True)
@@ -206,13 +207,16 @@ class Run:
         results = as_json(results | {"trusted_fraction": fractions})
         path = lambda name: os.path.join(self.workdir, name)
         plot_run(path("learning_curve.png"), self._records, results, config)
-        write_json(path("timing.json"), self._clock.report(self._earlier))
+        timing = self._clock.report(self._earlier)
+        write_json(path("timing.json"), timing)
         write_json(path("results.json"), results)  # the run is finished from here on
         with contextlib.suppress(OSError):
             shutil.rmtree(self._unfinished)
             os.remove(path("lock"))
         close_run()
         print_table(results)
+        shares = ", ".join(f"{name} {x:.0%}" for name, x in timing["shares"].items())
+        print(f"{timing['wall_seconds']:.0f} s in all: {shares}")
         print(f"-> {self.workdir}", flush=True)
         self._warned.clear()
         self._warn(warnings)

@@ -159,8 +159,9 @@ def test_an_empty_sub_dataset_is_refused():
     check_trusted(np.zeros((2, 0), bool), DATA, frozen())  # no data
     none[0] = True  # the second seed still trusts nothing
     for selection, words in (
-        ("return", "give a --config.return_threshold below the best return, 38.0, or choose"),
-        ("success", "give rewards of 1 for success and 0 elsewhere, or choose"),
+        ("return", "lower --config.return_threshold, or leave it out, or choose another"),
+        ("success", "give rewards of two values, for success and failure, or choose"),
+        ("auto", "give rewards of two values, for success and failure, or choose"),
         ("iql", "lower --config.expectile or raise --config.iql_steps, or choose another"),
     ):
         with pytest.raises(InputError, match=f"={selection} trusts nothing in toy: {words}"):

@@ -104,7 +104,7 @@ def test_every_task_is_in_the_table(script):
 NAN, INF = float("nan"), float("inf")
 IMPOSSIBLE = [
     ("coefficient", "adaptiv", "is unknown: choose one of adaptive, fixed"),
-    ("selection", "best", "is unknown: choose one of none, return, success, iql"),
+    ("selection", "best", "is unknown: choose one of auto, none, return, success, iql"),
     ("anneal", "exp", "is unknown"),
     ("physics", "mujoco", "is unknown: choose one of d4rl, stock"),
     ("matmul_precision", "tf32", "is unknown"),
