@@ -570,7 +570,7 @@ def select_trusted(rewards, ends, label, config):
     rewards: float [N], scaled and shifted. ends: bool [N], the last row of each episode.
     """
     is_unused = not config.offline_steps and config.buffer_init == "none"
-    fitting = "success" if len(np.unique(rewards)) <= 2 else "return"  # are rewards sparse?
+    fitting = "success" if len(np.unique(rewards)) == 2 else "return"  # are rewards sparse?
     selection = fitting if config.selection == "auto" else config.selection
     if config.coefficient == "fixed" or selection == "none" or is_unused:
         trusted = np.ones(len(rewards), bool)

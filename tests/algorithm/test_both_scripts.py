@@ -215,11 +215,13 @@ def test_the_settings_choose_how_transitions_are_selected(overrides, expected):
 
 @pytest.mark.parametrize("shift", [0.0, -1.0])
 def test_auto_trusts_successes_where_rewards_are_sparse(shift):
-    config = settings(ssar_td3bc, selection="auto", reward_bias=shift)
+    config = settings(ssar_td3bc, selection="auto", reward_bias=shift, return_threshold=None)
     rewards = np.array([0, 0, 0, 1, 0, 1, 0], np.float32) + np.float32(shift)
     ends = np.array([0, 1, 0, 1, 0, 1, 1], bool)
     trusted = ssar_td3bc.select_trusted(rewards, ends, None, config)
     np.testing.assert_array_equal(trusted, [[0, 0, 1, 1, 1, 1, 0]])
+    alive = ssar_td3bc.select_trusted(np.ones(7, np.float32), ends, None, config)
+    np.testing.assert_array_equal(alive, [[1] * 6 + [0]])  # by return: the longest episodes
 
 
 def test_the_best_trajectories_are_trusted_where_all_are_equal():
