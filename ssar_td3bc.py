@@ -48,6 +48,7 @@ It deviates from that code in this:
     - beta_min, beta_mean and beta_max leave out transitions that are not cloned.
     - A task that ends in the very step at which its time runs out is terminal.
     - Stored transitions never overwrite offline ones, and all of them are trusted.
+    - Evaluation has its own environments.
 
     python ssar_td3bc.py --config=configs/ssar_td3bc.py:hopper-medium-v2 --config.num_seeds=5
 """
