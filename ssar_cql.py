@@ -273,11 +273,11 @@ def episodes_of(rewards, ends):
 
 
 def select_by_return(rewards, ends, return_threshold=None):
-    """D̂ for dense rewards: trajectories of return > G_T; without one, the best 30 %. bool [N]."""
+    """D̂ for dense rewards: trajectories of return > G_T; without one, the better half. bool [N]."""
     _, lengths, returns = episodes_of(rewards, ends)
     if return_threshold is None:
         order = np.argsort(-returns)
-        last = np.searchsorted(np.cumsum(lengths[order]), 0.3 * len(rewards))  # of transitions
+        last = np.searchsorted(np.cumsum(lengths[order]), 0.5 * len(rewards))  # of transitions
         return_threshold = np.nextafter(returns[order[last]], -np.inf)
     return np.repeat(returns > return_threshold, lengths)
 

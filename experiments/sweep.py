@@ -108,7 +108,8 @@ def parse(argv):
     args.tasks, args.algorithms = (list(dict.fromkeys(x)) for x in (args.tasks, args.algorithms))
     args.grid = []
     for field, _, values in (pair.partition("=") for pair in args.vary):
-        args.grid.append([f"--config.{field}={value}" for value in values.split(",")])
+        values = dict.fromkeys(re.split(r",(?![^(]*\))", values))  # tuples have commas too
+        args.grid.append([f"--config.{field}={value}" for value in values])
     # Numbers, or names such as GPU-8f3a or MIG-5c21; by default as many as are asked for.
     needed = args.parallel * args.gpus
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(needed))))
@@ -234,20 +235,24 @@ def reason(logs):
 
 
 def compare_runs(folder):
-    """Compares the finished runs of each task in table.csv and in a picture, <task>.png."""
+    """Compares the finished runs of each task and data set in table.csv and in a picture."""
     tasks = collections.defaultdict(list)
     for path in sorted(folder.glob("*/*/*/results.json")):
         if path.parent.name.isdigit():  # no earlier run that was set aside
             config = json.loads((path.parent / "config.json").read_text())
-            data = Path(config["dataset"] or config["dataset_path"] or "").stem
-            task = "-".join(dict.fromkeys([config["task"], data] if data else [config["task"]]))
-            tasks[task].append(path.parent)
+            data = config["dataset"] or config["dataset_path"] or ""
+            words = dict.fromkeys([config["task"], re.sub(r"[^\w.-]+", "_", data).strip("_")])
+            tasks["-".join(filter(None, words))].append(path.parent)
     with open(folder / "table.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", *COLUMNS])
         for task, folders in tasks.items():
             print(f"\n{task}")
-            rows = compare(folders, folder / f"{task}.png")
+            try:
+                rows = compare(folders, folder / f"{task}.png")
+            except SystemExit as error:  # their environments or their rows differ
+                print(error, file=sys.stderr)
+                continue
             writer.writerows([task, *row] for row in rows)
 
 

@@ -1,12 +1,13 @@
 """D4RL's data sets by name: their files, environments and scores."""
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from common.run.errors import explained
+from common.run.stopping import stop_if_told
 from common.run.workdir import absolute
 
 # Robots: the Gymnasium task of the same rewards, and D4RL's random and expert returns, between
@@ -51,6 +52,14 @@ TASKS = {task.name: task for task in _tasks()}
 FILES = {task.file: task for task in TASKS.values()}
 
 
+class Bar(tqdm):
+    """A progress bar at which Ctrl-C and SIGTERM end a download."""
+
+    def update(self, n=1):
+        stop_if_told()
+        return super().update(n)
+
+
 def fetch(task: Task) -> str:
     """Path of the task's file in D4RL's own folder, downloaded unless it is there.
 
@@ -58,20 +67,17 @@ def fetch(task: Task) -> str:
     """
     name = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
     folder = absolute(name, "D4RL_DATASET_DIR")
-    path = Path(folder, task.file)
-    if path.is_file():
-        return str(path)
+    path = os.path.join(folder, task.file)
+    if os.path.isfile(path):
+        return path
     print(f"downloading {task.file} into {folder}, once", flush=True)
     what = f"cannot download {task.file} from huggingface.co/datasets/{MIRROR} into {folder}"
-    fix = (
-        "set D4RL_DATASET_DIR for another folder or HF_ENDPOINT for another mirror, or download "
-        "the file yourself and give --config.dataset_path=<file>"
-    )
-    with explained(what, fix):
-        from huggingface_hub import hf_hub_download  # resumes, and lets other processes wait
+    with explained(what, "try again, or give a file with --config.dataset_path=<file>"):
+        from huggingface_hub import hf_hub_download, logging
 
+        logging.set_verbosity_error()  # without its retries
         place = {"repo_type": "dataset", "revision": task.revision, "local_dir": folder}
-        return hf_hub_download(MIRROR, task.file, **place)
+        return hf_hub_download(MIRROR, task.file, tqdm_class=Bar, **place)
 
 
 def reference_of(metadata, env_name: str) -> tuple[float, float] | None:

@@ -13,7 +13,7 @@ from common.data.d4rl import Task, reference_of
 from common.envs.make import env_spec
 from common.run.errors import InputError, explained
 
-REPLACE = "give a complete copy of it, or record it again"
+REPLACE = "give a complete copy, close what writes it, or set HDF5_USE_FILE_LOCKING=FALSE"
 NEEDED = ("observations", "actions", "rewards", "terminals")
 # Wrappers that evaluation keeps: Gymnasium's own, except those that change the reward, normalise by
 # statistics that the data set does not hold, or make pictures.
@@ -39,15 +39,12 @@ def read_hdf5(path: str, env: str | None, task: Task | None) -> tuple:
 
 
 def open_hdf5(path: str) -> h5py.File:
-    """The file, to read. Raises InputError if it is locked, or if a part lies elsewhere."""
+    """The file, to read. Raises InputError if a part of it lies elsewhere."""
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        if "unable to lock" not in str(error):
-            raise
         if "No locks available" not in str(error):
-            fix = "close the program that writes it, or set HDF5_USE_FILE_LOCKING=FALSE"
-            raise InputError(f"{path} is locked: {fix}") from None
+            raise
         file = h5py.File(path, "r", locking=False)
     is_outside = lambda x: isinstance(x, h5py.Dataset) and (x.external or x.is_virtual)
     link = file.visititems_links(lambda name, x: isinstance(x, h5py.ExternalLink) and name or None)

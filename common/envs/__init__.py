@@ -1,1 +1,0 @@
-"""Environments: made by name, D4RL's physics, AntMaze."""

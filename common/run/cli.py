@@ -58,7 +58,9 @@ def run(main, name: str) -> None:
     """
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     catch_signals()
-    threading.excepthook, workdir = _report_thread, None
+    # The run itself reports a full disk that a writer's thread meets.
+    threading.excepthook = lambda x: issubclass(x.exc_type, OSError) or threading.__excepthook__(x)
+    workdir = None
     try:
         options, settings = _parse(name)
         config = load_config(name, options.config, settings)
@@ -84,17 +86,12 @@ def run(main, name: str) -> None:
         close_run()
 
 
-def _report_thread(failure):
-    if not issubclass(failure.exc_type, OSError):  # a full disk, which the run reports by itself
-        threading.__excepthook__(failure)
-
-
 def _fail(error, name, workdir):
     """Ends the process with one sentence; raises errors that are not the user's."""
     close_run()  # and with it the progress bar
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        fix = "lower --config.num_seeds or batch_size"
-        error = InputError(f"out of memory ({brief(error)}): {fix}")
+        reason = f"out of memory ({brief(error)})"
+        error = InputError(f"{reason}: lower --config.num_seeds or batch_size")
     is_full = isinstance(error, OSError) and error.errno in NO_ROOM
     if is_full:
         where = error.filename or workdir
@@ -112,16 +109,14 @@ def _parse(name):
     """The flags, and the settings among the arguments."""
     module, _ = _load(f"{ROOT}/configs/{name}.py")
     layout = argparse.RawDescriptionHelpFormatter
-    strict = {"allow_abbrev": False, "exit_on_error": False}
-    parser = argparse.ArgumentParser(name, formatter_class=layout, **strict)
+    parser = argparse.ArgumentParser(name, formatter_class=layout, exit_on_error=False)
     parser.description = sys.modules["__main__"].__doc__
     # The settings file explains every field; a variant's may not.
     source = inspect.getsource(module["defaults"]) if "defaults" in module else ""
     fields = source.partition("ConfigDict()\n")[2].partition("    return c\n")[0]
     fields = re.sub(r"c\.(\w+) = (config_dict\.placeholder\(\w+\))?", r"--config.\1=", fields)
-    parser.epilog = (
-        f"tasks: {', '.join(module.get('TASKS', ()))}\nfields, for task custom:\n{fields}"
-    )
+    tasks = ", ".join(module.get("TASKS", ()))
+    parser.epilog = f"tasks: {tasks}\nfields, for task custom:\n{fields}"
     add = parser.add_argument
     add("--config", metavar="FILE:TASK", help=f"settings, such as configs/{name}.py:<task>")
     add("--workdir", help=f"run folder, by default runs/{name}/<task and settings>/<seed>")

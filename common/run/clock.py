@@ -23,10 +23,9 @@ class Clock:
 
     def report(self, earlier: float) -> dict:
         """The content of timing.json. earlier: seconds of the processes before this one."""
-        calls = {place: x for place, x in self.calls.items() if x}
-        median = {place: float(np.median(x[1:] or x)) for place, x in calls.items()}
-        compiling = sum(max(x[0] - median[place], 0) for place, x in calls.items())
-        spent = {"training": sum(map(sum, calls.values())) - compiling, "compiling": compiling}
+        median = {place: float(np.median(x[1:] or x)) for place, x in self.calls.items()}
+        compiling = sum(max(x[0] - median[place], 0) for place, x in self.calls.items())
+        spent = {"training": sum(map(sum, self.calls.values())) - compiling, "compiling": compiling}
         seconds = time.perf_counter() - self.began
         shares = {activity: x / seconds for activity, x in (spent | self.spent).items()}
         return {

@@ -14,12 +14,12 @@ def check_trusted(trusted, dataset, config) -> None:
     """Raises InputError when a seed trusts no transition: trusted, bool [S, N]."""
     if not trusted.size or config.coefficient == "fixed":
         return
-    what = f"selection={config.selection} trusts nothing in {dataset.source}"
+    what = f"selection={config.selection} finds no D̂ in {dataset.source}"
     fix = {
-        "return": "lower --config.return_threshold, or leave it out",
+        "success": "give rewards of two values, for success and failure",
         "iql": "lower --config.expectile or raise --config.iql_steps",
     }
-    fix = fix.get(config.selection, "give rewards of two values, for success and failure")
+    fix = fix.get(config.selection, "lower --config.return_threshold, or leave it out")
     tqdm.write(f"D̂ holds {trusted.mean():.1%} of the transitions")
     is_dense = config.selection == "success" and len(np.unique(dataset.rewards)) != 2
     if is_dense or not trusted.any(axis=1).all():

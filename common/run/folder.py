@@ -91,21 +91,23 @@ class Run:
             tree = checkpoint.from_dict(tree, saved["tree"], what)
             self.step, self._sums = saved["step"], saved["sums"]
         unit, pause = "step" if phase == "online" else "update", 0.5 if sys.stderr.isatty() else 30
-        bar = {"total": total, "initial": self.step, "disable": self.step >= total, "unit": unit}
-        bar |= {"desc": f"{phase} (compiling)", "mininterval": pause}
+        bar = {"initial": self.step, "total": total, "disable": self.step >= total, "unit": unit}
+        bar |= {"mininterval": pause, "unit_scale": True, "dynamic_ncols": True}
         self._bar.close()
-        self._bar = tqdm(unit_scale=True, dynamic_ncols=True, **bar)
+        self._bar = tqdm(desc=f"{phase} (compiling)", **bar)
         self._held.callback(self._bar.close)
         return tree
 
     def steps(self, until: int, size: int = 1):
         """Yields the number of steps done after each compiled call of `size`, up to `until`."""
-        self._size, calls, spent = size, self._clock.calls[self._phase, size], self._clock.spent
+        self._size, spent = size, self._clock.spent
         while self.step + size <= until:
             began = time.perf_counter() - spent["writing"]
             self.step += size
             yield self.step
-            calls.append(time.perf_counter() - spent["writing"] - began)
+            seconds = time.perf_counter() - spent["writing"] - began
+            warms_up = self._phase == "online" and self.step <= self._config.warmup_steps
+            self._clock.calls["warm-up" if warms_up else self._phase, size].append(seconds)
             self._bar.set_description(self._phase, refresh=False)
             self._bar.update(size)
 
@@ -132,7 +134,7 @@ class Run:
         if self._saved:
             kept = f"the last finite checkpoint, {self._saved}, stays in {self._unfinished}"
         names = ", ".join(broken[:4])
-        fix = "lower --config.reward_scale or the learning rates"
+        fix = "lower --config.reward_scale, actor_lr or critic_lr"
         raise Diverged(f"diverged: {names} not finite in {where} ({self._phase}): {fix}; {kept}")
 
     def save(self, step: int, tree) -> None:

@@ -4,7 +4,6 @@ import csv
 import importlib.metadata
 import io
 import os
-import platform
 import shutil
 
 import jax
@@ -126,8 +125,7 @@ class Records:
         return columns | {
             "normalized": data.reference is not None,
             "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
-            "versions": {"python": platform.python_version()}
-            | {package: importlib.metadata.version(package) for package in PACKAGES},
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "data": {
                 "name": self.config.dataset or self.config.dataset_path,
                 "source": os.path.basename(data.source),

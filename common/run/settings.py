@@ -38,8 +38,6 @@ RULES = (
     ("hidden_dims", lambda x, c: "critic_layers" not in c or len(set(x)) == 1,
      "must be equal widths, because the critics have them too"),
     ("critic_layers", lambda x, c: len(x) == 2, "must have a number of layers for each critic"),
-    ("clip_diff_min", lambda x, c: c.clip_diff_max is None or x < c.clip_diff_max,
-     "must be below --config.clip_diff_max={c.clip_diff_max}"),
     ("n_start", lambda x, c: x <= c.n_end, "must be at most --config.n_end={c.n_end}"),
     ("coefficient_init", lambda x, c: x or c.coefficient == "fixed",
      "leaves nothing to adapt: give more, or coefficient=fixed"),

@@ -1,6 +1,7 @@
 """Run folders: whose they are, what they hold, and how an earlier run makes room."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -86,6 +87,8 @@ def locked(path: str, busy: str, waits: bool = False):
         print(busy, file=sys.stderr, flush=True)
         lock.acquire(cancel_check=stop_if_told)
     except OSError as error:
+        if not waits and error.errno != errno.ENOLCK:
+            raise
         what = f"{path} cannot be locked ({error.strerror}): start one run at a time"
         print(f"warning: {what}", file=sys.stderr, flush=True)
     try:

@@ -200,8 +200,8 @@ def test_annealing_fades_to_zero_and_stays_there_unless_it_is_off():
         ({"selection": "return", "coefficient": "fixed"}, [1, 1, 1, 1, 1]),
         ({"selection": "return", "offline_steps": 0, "buffer_init": "none"}, [1, 1, 1, 1, 1]),
         ({"selection": "iql"}, [1, 0, 0, 1, 0]),
-        ({"selection": "return", "return_threshold": None}, [0, 0, 0, 1, 1]),  # the best 30 %
-        ({"selection": "auto", "return_threshold": None}, [0, 0, 0, 1, 1]),
+        ({"selection": "return", "return_threshold": None}, [0, 0, 1, 1, 1]),  # the better half
+        ({"selection": "auto", "return_threshold": None}, [0, 0, 1, 1, 1]),
         ({"selection": "auto", "return_threshold": -1.0}, [0, 0, 1, 1, 1]),
     ],
 )

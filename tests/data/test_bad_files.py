@@ -9,6 +9,8 @@ import pytest
 from files import load, refused, write
 from toys import toy_columns
 
+from common.data.hdf5 import REPLACE
+
 
 def put(row, value):
     """A change of one row of a column."""
@@ -114,7 +116,7 @@ def test_files_of_another_kind_are_named(tmp_path, kind):
     path.write_bytes(contents[kind])
     message = refused(str(path))
     assert message.startswith(f"{path} is not readable (")
-    assert message.endswith("give a complete copy of it, or record it again")
+    assert message.endswith(REPLACE)
 
 
 def test_a_file_that_is_being_written_is_said_to_be_locked(tmp_path):
@@ -123,7 +125,7 @@ def test_a_file_that_is_being_written_is_said_to_be_locked(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as writer:
         writer.stdout.readline()
-        assert "close the program that writes it, or set HDF5_USE_FILE_LOCKING" in refused(path)
+        assert "close what writes it, or set HDF5_USE_FILE_LOCKING" in refused(path)
         writer.communicate("\n")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from toys import toy_columns, write_hdf5
+
+from common.data.d4rl import Bar
+from common.run import stopping
+from common.run.stopping import Stopped
 
 ROOT = Path(__file__).parents[2]
 FETCH = "from common.data.d4rl import *; print('got', fetch(TASKS[{!r}]))"
@@ -87,6 +92,15 @@ def test_one_sentence_says_what_to_do_without_the_mirror(server):
     server.mood = "has none"
     _, err, status = fetch(server)
     (said,) = [line for line in err.splitlines() if "InputError:" in line]
+    assert "Retrying" not in err
     assert status and f"cannot download {FILE} from huggingface.co/datasets/imone/D4RL" in said
-    assert "404" in said and said.endswith("give --config.dataset_path=<file>")
+    assert "404" in said and said.endswith("give a file with --config.dataset_path=<file>")
     assert not (server.folder / FILE).exists()
+
+
+def test_a_signal_ends_a_download(monkeypatch):
+    with Bar(total=2, disable=True) as bar:
+        bar.update()
+        monkeypatch.setattr(stopping, "received", [signal.SIGTERM])
+        with pytest.raises(Stopped):
+            bar.update()

@@ -134,8 +134,8 @@ def hides_spaces(folder):
     ("change", "words"),
     [
         ({"id": "os:Nowhere-v0"}, "unknown environment 'Nowhere-v0'"),
-        (cut_short, "is not readable .*: give a complete copy of it, or record it again"),
-        (lacks_rewards, "is not readable .*rewards.*: give a complete copy of it"),
+        (cut_short, "is not readable .*: give a complete copy, close what writes it"),
+        (lacks_rewards, "is not readable .*rewards.*: give a complete copy, close"),
         (leads_out, "'episode_1/rewards' lies in another file"),
         (lacks_one, "bad-v0: episode 2 has [0-9]* observations and"),
         (hides_spaces, "is not readable .*no spaces"),

@@ -220,7 +220,7 @@ def test_nothing_trusted_is_found_before_training(command, folder):
     arguments = [f"--config={folder}/ssar_td3bc.py", f"--workdir={folder}/thin"]
     status, _, err = command("ssar_td3bc", *arguments, "--config.return_threshold=1e6")
     assert status == 1 and err.count("\n") == 1
-    assert "selection=return trusts nothing in " in err and "lower --config.return_threshold" in err
+    assert "selection=return finds no D̂ in " in err and "lower --config.return_threshold" in err
     assert command("ssar_td3bc", *arguments)[0] == 0
     assert not (folder / "thin.1").exists()
 

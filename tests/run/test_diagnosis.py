@@ -161,8 +161,8 @@ def test_an_empty_sub_dataset_is_refused():
     for selection, words in (
         ("return", "lower --config.return_threshold, or leave it out, or choose another"),
         ("success", "give rewards of two values, for success and failure, or choose"),
-        ("auto", "give rewards of two values, for success and failure, or choose"),
+        ("auto", "lower --config.return_threshold, or leave it out, or choose another"),
         ("iql", "lower --config.expectile or raise --config.iql_steps, or choose another"),
     ):
-        with pytest.raises(InputError, match=f"={selection} trusts nothing in toy: {words}"):
+        with pytest.raises(InputError, match=f"={selection} finds no D̂ in toy: {words}"):
             check_trusted(none, DATA, frozen(selection=selection, reward_bias=2.0))

@@ -376,7 +376,7 @@ def test_divergence_stops_at_once_and_keeps_the_last_checkpoint(tmp_path, monkey
     workdir = tmp_path / "run"
     diverge(monkeypatch, 6 + 5, metrics=["margin", "critic_loss"], parts=[])
     words = r"diverged: critic_loss, margin not finite in updates 17 to 20 \(offline\): lower "
-    words += "--config.reward_scale or the learning rates; the last finite checkpoint, "
+    words += "--config.reward_scale, actor_lr or critic_lr; the last finite checkpoint, "
     words += f"offline step 12, stays in {workdir}"
     with pytest.raises(Diverged, match=words):
         main(toy_config(), str(workdir))

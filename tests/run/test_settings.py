@@ -160,8 +160,6 @@ def test_settings_that_depend_on_others():
     check_settings(tiny_config(dataset="", buffer_init="none", eval_interval=5, **alone))
     with pytest.raises(InputError, match="warmup_steps=40 leaves no update in --config.online_st"):
         check_settings(tiny_config(online_steps=40, warmup_steps=40))
-    with pytest.raises(InputError, match=r"clip_diff_min=5.0 must be below .*clip_diff_max=1.0"):
-        check_settings(tiny_config(script="ssar_cql", clip_diff_min=5.0, clip_diff_max=1.0))
     with pytest.raises(InputError, match=r"iql_steps=50 must be a multiple of .*call=20"):
         check_settings(tiny_config(selection="iql", iql_steps=50))
 

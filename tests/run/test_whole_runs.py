@@ -278,7 +278,7 @@ def test_a_run_that_diverges_keeps_what_it_had(tmp_path):
         with pytest.raises(Diverged, match="diverged: .*critic_loss") as error:
             ssar_td3bc.main(config, str(tmp_path / "run"))
         found.append(str(error.value))
-    assert "lower --config.reward_scale or the learning rates" in found[1]
+    assert "lower --config.reward_scale, actor_lr or critic_lr" in found[1]
     assert "(offline)" in found[1] and "\n" not in found[1]
     last, first = (int(found[1].split(word)[1].split()[0]) for word in (" to ", "updates "))
     assert last - first == config.updates_per_call - 1
