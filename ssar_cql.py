@@ -60,7 +60,7 @@ It deviates from that code in this:
     - A decay_steps of 0 or less means no annealing; fine-tuning restores n, whether it has
       stopped, and the targets.
     - beta_min, beta_mean and beta_max leave out transitions that are not regularised.
-    - A task that ends in the very step at which its time runs out is terminal.
+    - A step that ends the task exactly at the time limit counts as terminal.
     - Stored transitions never overwrite offline ones, and all of them are trusted.
     - Evaluation has its own environments.
 
@@ -510,7 +510,7 @@ def update_threshold(threshold, margin, mask, step, config):
 
 
 def anneal_factor(online_step, config):
-    """The factor on the frozen β_φ after N online updates: 1 at the start, 0 at N_end."""
+    """The factor on the frozen β_φ in online update N: it falls from 1 to 0 at N_end."""
     if config.anneal == "none" or config.decay_steps <= 0:
         return 1.0
     done = jnp.clip(jnp.asarray(online_step, float) / config.decay_steps, 0, 1)
@@ -659,7 +659,7 @@ def coefficient_metrics(beta, regularised, margin, mask, batch):
 
 # ================================================================================================
 # The algorithm ends here. Below is one way to run it: replace it with yours. It compiles functions
-# of one seed for S seeds at once (`seeds.vmap`). Only `main` imports common/.
+# of one seed for S seeds at once (`seeds.vmap`). Only `main` and what follows it import common/.
 # ================================================================================================
 
 

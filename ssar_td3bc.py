@@ -5,8 +5,8 @@ weight per state: the coefficient β_φ(s), a network, falls where the data's ac
 the actor and rises where they are not. Only the trusted part D̂ of the data shapes it.
 
 The margin, log π(a|s) - C_n(s), says how likely: C_n(s) is the log-density n standard deviations
-from π(s). For a Gaussian of width σ around π(s) it is ((σn)² - (π(s) - a)²) / (2σ²) in each
-dimension. The code drops the factor and caps the square at 1: for σ = 0.1, a floor of C_10(s).
+from π(s). For a Gaussian of width σ around π(s) the margin is ((σn)² - (π(s) - a)²) / (2σ²) in each
+dimension. The code drops 1/(2σ²) and caps the square at 1: for σ = 0.1, log π is at least C_10(s).
 
     D̂ ⊂ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
     every update, on a batch (s, a, r, s', d) of D:
@@ -44,9 +44,10 @@ Where the paper and the authors' code differ, this file follows the code, which 
 numbers: β_φ multiplies the cloning term (the paper: α multiplies Q), and the Q term is divided by
 its own mean size; the β_φ loss is a mean over the whole batch, not over D̂; single batches test n.
 It deviates from that code in this:
-    - Annealing stops at 0; fine-tuning restores n, whether it has stopped, and the targets.
+    - Annealing stops at 0, and a decay_steps of 0 or less means none.
+    - Fine-tuning restores n, whether it has stopped, and the targets.
     - beta_min, beta_mean and beta_max leave out transitions that are not cloned.
-    - A task that ends in the very step at which its time runs out is terminal.
+    - A step that ends the task exactly at the time limit counts as terminal.
     - Stored transitions never overwrite offline ones, and all of them are trusted.
     - Evaluation has its own environments.
 
@@ -334,7 +335,7 @@ def update_threshold(threshold, margin, mask, step, config):
 
 
 def anneal_factor(online_step, config):
-    """The factor on the frozen β_φ after N online updates: 1 at the start, 0 at N_end."""
+    """The factor on the frozen β_φ in online update N: it falls from 1 to 0 at N_end."""
     if config.anneal == "none" or config.decay_steps <= 0:
         return 1.0
     done = jnp.clip(jnp.asarray(online_step, float) / config.decay_steps, 0, 1)
@@ -459,7 +460,7 @@ def coefficient_metrics(beta, regularised, margin, mask, batch):
 
 # ================================================================================================
 # The algorithm ends here. Below is one way to run it: replace it with yours. It compiles functions
-# of one seed for S seeds at once (`seeds.vmap`). Only `main` imports common/.
+# of one seed for S seeds at once (`seeds.vmap`). Only `main` and what follows it import common/.
 # ================================================================================================
 
 

@@ -38,7 +38,7 @@ TASKS = ("demo", "demo-sparse", "custom", *MUJOCO, *ANTMAZE)
 
 
 def defaults():
-    """The authors' settings where they are the same for every MuJoCo task."""
+    """The authors' settings where they are the same for every MuJoCo task, and selection=auto."""
     c = ml_collections.ConfigDict()
 
     # data
