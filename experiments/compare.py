@@ -133,8 +133,9 @@ def compare(folders: list[Path], picture: Path) -> list[list]:
     axis = figure.subplots()
     for i, (run, (label, *_)) in enumerate(zip(runs, table, strict=True)):
         draw(axis, run, label, f"C{i}")
-    axis.set(xlabel="thousands of updates, then environment steps", ylabel="score")
-    axis.legend()
+    is_online = any(run.config["online_steps"] for run in runs)
+    axis.set(xlabel="thousands of updates" + ", then environment steps" * is_online, ylabel="score")
+    figure.legend(loc="outside upper left")
     try:
         figure.savefig(picture, dpi=160)
     except (OSError, ValueError) as error:
