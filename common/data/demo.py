@@ -10,6 +10,7 @@ import gymnasium
 import minari
 import numpy as np
 from minari.storage.datasets_root_dir import get_dataset_path
+from tqdm import tqdm
 
 from common.envs.make import env_spec
 from common.run.workdir import locked
@@ -54,7 +55,6 @@ def demo_dataset_id(name: str) -> str:
         with contextlib.suppress(Exception):  # Minari raises many kinds for what a kill has left
             if minari.load_dataset(dataset_id).total_episodes > 0:
                 return dataset_id
-        print(f"recording the {name} data set, once (a few seconds)", flush=True)
         shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
         _record(*DEMOS[name])
     return dataset_id
@@ -63,7 +63,8 @@ def demo_dataset_id(name: str) -> str:
 def _record(dataset_id, env_id, reference):
     rng = np.random.default_rng(0)
     env = minari.DataCollector(gymnasium.make(env_spec(env_id, dataset_id)), record_infos=False)
-    for skill in rng.choice(len(SKILLS), size=EPISODES, p=[share for share, *_ in SKILLS]):
+    skills = rng.choice(len(SKILLS), size=EPISODES, p=[share for share, *_ in SKILLS])
+    for skill in tqdm(skills, f"recording {dataset_id}, once", unit="episode"):
         _, gain, damping, noise = SKILLS[skill]
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
         terminated = truncated = False

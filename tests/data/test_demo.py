@@ -40,5 +40,5 @@ def test_a_recording_that_was_killed_is_made_again(missing, few_episodes, capsys
     (folder / missing).unlink()
     for _ in range(2):
         demo.demo_dataset_id("demo")
-    assert capsys.readouterr().out.count("recording the demo data set, once") == 2
+    assert capsys.readouterr().err.count("recording ssar-jax/reacher/mixed-v0, once: 100%") == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
