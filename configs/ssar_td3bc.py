@@ -95,9 +95,7 @@ def defaults():
     # the trusted sub-dataset D̂
     # auto: success where rewards take two values only, else return
     c.selection = "auto"  # auto | none | return | success | iql
-    c.return_threshold = config_dict.placeholder(
-        float
-    )  # G_T; by default the better half of the data
+    c.return_threshold = config_dict.placeholder(float)  # G_T; by default the better half
     c.expectile = 0.7
     c.iql_steps = 1_000_000
     c.select_actions = True
