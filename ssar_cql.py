@@ -1,42 +1,42 @@
 r"""SSAR on CQL: selective state-adaptive regularization for offline RL (arXiv 2505.19923).
 
 CQL uses one constant to weigh Bellman backups against lowering the values of actions that the data
-do not show. SSAR learns this weight per state: the coefficient β_φ(s), a network, falls where the
-data's actions are likely under the actor and rises where they are not. Only the trusted part D̂ of
-the data shapes it. It is the same β_φ as in TD3+BC: for π ∝ exp Q, CQL's regulariser
-log Σ exp Q - Q(s, a) is -log π(a|s).                                                    (Prop. 3.1)
+do not show. SSAR learns this weight per state: the coefficient β_φ(s), a network that is trained
+like a Lagrange multiplier. It falls where the data's action is likely enough under the actor,
+log π(a|s) > C_n(s), and rises where it is not. Only the trusted part D̂ of the data D shapes it.
+It is the same β_φ as in TD3+BC: for π ∝ exp Q, CQL's regulariser log Σ exp Q - Q(s, a) is
+-log π(a|s).                                                                             (Prop. 3.1)
 
-The margin, log π(a|s) - C_n(s), says how likely: C_n(s) is the log-density n standard deviations
-from the mean of π(s), the smaller of its two sides.
+The margin is log π(a|s) - C_n(s), where C_n(s) is the log-density n standard deviations from the
+mean of π(s), the smaller of its two sides.
 
     D̂ ⊂ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
     every update, on a batch (s, a, r, s', d) of D, from the parameters before it:
         π: Adam on mean α log π(ã|s) - min_i Q_i(s, ã), ã ~ π(s)
         α: Adam on -log α (mean log π(ã|s) - |A|)
         y  = r + γ (1 - d) min_i Q_target_i(s', a'), a' ~ π(s')
-        Q_i: Adam on mean (Q_i(s, a) - y)² + mean β_φ(s) (log Σ_j exp(Q_i(s, a_j))/p_j - Q_i(s, a))
-            over K uniform a_j, K from π(s') and K from π(s), each of density p_j;
-            with loosen_bound, β_φ counts as 0 outside D̂
+        Q_i: Adam on mean (Q_i(s, a) - y)² + mean m_Q β_φ(s) (log Σ_j exp(Q_i(s, a_j))/p_j
+            - Q_i(s, a)) over K uniform a_j, K from π(s') and K from π(s), each of density p_j
     then, with the new π:
         margin = mean_dims (max(log π(a|s), C_10(s)) - C_n(s))                               (Eq. 6)
-        β_φ: Adam on mean 1[D̂] · margin · β_φ(s)                                          (Eq. 5, 9)
-        every T_inc updates, while n has not stopped: if the mean margin over D̂ is positive,
+        β_φ: Adam on mean m_β · margin · β_φ(s)                                           (Eq. 5, 9)
+        every T_inc updates, while n has not stopped: if the mean of m_β · margin is positive,
             n stops for good, else n = min(n + (n_end - n_start) / 10, n_end)             (Sec. 3.2)
         targets: 0.005 new + 0.995 old
     online, after every environment step with a ~ π(s):
         store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline and
-        stored transitions. φ and n are frozen; in online update N, β_φ is
-        multiplied by cos(min(N / N_end, 1) π / 2)
+        online transitions. φ and n are frozen, and β_φ is
+        multiplied by a factor that falls from 1 to 0 in N_end updates
 
     symbol  config field         authors' name  paper     meaning
-    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain CQL
+    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: β_init, CQL
     β_init  coefficient_init     cql_alpha                β_φ starts near it, < 1.5 β_init
     n       n_start, n_end       n_away         Eq. 6     C_n(s): log-density n σ from the mean
     T_inc   update_period        update_period  Sec. 3.2  updates between two tests of n
-    D̂       selection            trusts         Eq. 9     auto | none (all) | return | success | iql
-    G_T     return_threshold     ref_return               return, after reward_scale and _bias
-            select_actions       select_actions Eq. 9     only D̂ shapes β_φ and n
-            loosen_bound         loosen_bound             only D̂ is regularised
+    D̂       selection            trusts         Eq. 9     auto | none | return | success | iql
+    G_T     return_threshold     ref_return               return, of scaled and shifted rewards
+    m_β     select_actions       select_actions Eq. 9     1[D̂] if set, else 1: what shapes β_φ, n
+    m_Q     loosen_bound         loosen_bound             1[D̂] if set, else 1: what is regularised
             expectile            iql_tau                  IQL's expectile, for selection = iql
     K       num_sampled_actions  cql_n_actions            actions drawn from each source
     N_end   decay_steps          decay_steps              online updates until β_φ has faded
@@ -50,18 +50,18 @@ from the mean of π(s), the smaller of its two sides.
             bc_weight                    adds bc_weight (ã - a)² to π's loss
             critic_layers                the first critic has five hidden layers, the other three
 
-Where the paper and the authors' code differ, this file follows the code, which made the published
-numbers: log π and C_n are averaged over the action dimensions; the actions of C_n stay within
-±0.99999 and within 0.1 n of tanh(μ); C_10 is a floor for log π; the annealing is a cosine;
-the β_φ loss is a mean over the whole batch, not over D̂; single batches test n.
-It deviates from that code in this:
+Where the paper and the authors' code differ, this file follows the code, which produced the
+published results: log π and C_n are averaged over the action dimensions; the actions of C_n stay
+within ±0.99999 and within 0.1 n of tanh(μ); C_10 is a floor for log π; the annealing is a cosine;
+the data's actions are clipped to ±0.9999; the β_φ loss is a mean over the whole batch, not over D̂;
+n is tested on one batch. It deviates from that code as follows:
     - The margin is formed in units of σ before tanh, and the data's action stays within ±0.99999
       there, so that rounding makes none of them NaN.
-    - A decay_steps of 0 or less means no annealing; fine-tuning restores n, whether it has
-      stopped, and the targets.
+    - A decay_steps of 0 or less means no annealing.
+    - Fine-tuning restores the targets, n, and the fact that n has stopped.
     - beta_min, beta_mean and beta_max leave out transitions that are not regularised.
     - A step that ends the task exactly at the time limit counts as terminal.
-    - Stored transitions never overwrite offline ones, and all of them are trusted.
+    - Online transitions never overwrite offline ones, and all of them are trusted.
     - Evaluation has its own environments.
 
     python ssar_cql.py --config=configs/ssar_cql.py:hopper-medium-v2 --config.num_seeds=5
@@ -240,7 +240,7 @@ def init_critics(key, in_dim, widths, **options):
 
 def coefficient(params, obs, config):
     """β_φ(s): [B, O] -> [B], in (0, 1.5 β_init)."""
-    with jax.default_matmul_precision("float32"):  # TF32 would lose its tiny steps
+    with jax.default_matmul_precision("float32"):  # TF32 would round its small changes away
         return 1.5 * config.coefficient_init * nn.sigmoid(forward(params, obs)[..., 0])
 
 
@@ -265,7 +265,7 @@ def descend(loss, params, optimizer, opt_state, *args):
 def episodes_of(rewards, ends):
     """First row, number of rows and undiscounted return of each episode: three arrays [episodes].
 
-    rewards: float [N]. ends: bool [N], true in each episode's last row, so also at the end.
+    rewards: float [N]. ends: bool [N], true in each episode's last row.
     """
     first = np.r_[0, np.flatnonzero(ends)[:-1] + 1]
     lengths = np.diff(np.r_[first, len(ends)])
@@ -273,13 +273,13 @@ def episodes_of(rewards, ends):
 
 
 def select_by_return(rewards, ends, return_threshold=None):
-    """D̂ for dense rewards: trajectories of return > G_T; without one, the better half. bool [N]."""
+    """D̂ for dense rewards: trajectories of return > G_T; without G_T, the better half. bool [N]."""
     _, lengths, returns = episodes_of(rewards, ends)
-    if return_threshold is None:
-        order = np.argsort(-returns)
-        last = np.searchsorted(np.cumsum(lengths[order]), 0.5 * len(rewards))  # of transitions
-        return_threshold = np.nextafter(returns[order[last]], -np.inf)
-    return np.repeat(returns > return_threshold, lengths)
+    if return_threshold is not None:
+        return np.repeat(returns > return_threshold, lengths)
+    best = np.argsort(-returns)
+    last = np.searchsorted(np.cumsum(lengths[best]), len(rewards) / 2)  # half the transitions
+    return np.repeat(returns >= returns[best[last]], lengths)
 
 
 def select_by_success(rewards, ends, fail_reward):
@@ -345,9 +345,9 @@ def iql_step(state, batch, config):
 
 def select_by_advantage(state, data):
     """D̂ by IQL: transitions with min(Q_1, Q_2)(s, a) >= V(s). bool [N]."""
-    q = lambda row: critics(state.critic, *row).min()
-    is_trusted = lambda row: q(row) >= forward(state.value, row[0])[0]
-    return jax.lax.map(is_trusted, (data.obs, data.action), batch_size=4096)  # bounds memory
+    is_trusted = lambda x: critics(state.critic, *x).min() >= forward(state.value, x[0])[0]
+    rows = data.obs, data.action
+    return jax.lax.map(is_trusted, rows, batch_size=4096)  # a block at a time saves memory
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -510,7 +510,7 @@ def update_threshold(threshold, margin, mask, step, config):
 
 
 def anneal_factor(online_step, config):
-    """The factor on the frozen β_φ in online update N: it falls from 1 to 0 at N_end."""
+    """The factor on β in online update N: 1 at N = 0, and 0 from N_end on."""
     if config.anneal == "none" or config.decay_steps <= 0:
         return 1.0
     done = jnp.clip(jnp.asarray(online_step, float) / config.decay_steps, 0, 1)
@@ -580,7 +580,6 @@ def update_step(state, batch, noise, config, *, online=False):
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     actor_adam, critic_adam, _ = optimizers(config)
     everywhere = jnp.ones_like(batch.trusted)
-
     # --- actor and α: against the critics before their step ---
     policy, actor_opt, info = descend(
         actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, noise, config
@@ -601,15 +600,20 @@ def update_step(state, batch, noise, config, *, online=False):
         critic_loss, state.critic, critic_adam, state.critic_opt,
         state, batch, noise, distribution, weight, config,
     )  # fmt: skip
-    info |= alpha_info | critic_info | {"anneal": jnp.asarray(anneal, beta.dtype)}
+    info |= alpha_info | critic_info
+    info["anneal"] = jnp.asarray(anneal, beta.dtype)
     state = state._replace(actor=policy, actor_opt=actor_opt)
     state = state._replace(log_alpha=log_alpha, log_alpha_opt=log_alpha_opt)
     state = state._replace(critic=pair, critic_opt=critic_opt)
     if config.lagrange:
         state, multiplier_info = update_multiplier(state, info["regulariser"], config)
         info |= multiplier_info
-    margin = log_likelihood_margin(state.actor, batch, state.threshold)  # with the new actor
-    state, mask = update_coefficient(state, batch, margin, config, online)
+    margin = log_likelihood_margin(state.actor, batch, state.threshold)
+
+    # --- β_φ and n: the margin is that of the actor after its step ---
+    mask = batch.trusted if config.select_actions else everywhere
+    if config.coefficient == "adaptive" and not online:
+        state = update_coefficient(state, batch, margin, mask, config)
 
     # --- targets ---
     rate = config.target_update_rate
@@ -629,22 +633,19 @@ def update_multiplier(state, penalty, config):
     return state._replace(log_alpha_prime=log_alpha_prime, log_alpha_prime_opt=opt_state), info
 
 
-def update_coefficient(state, batch, margin, config, online):
-    """β_φ and then the threshold, unless online. Also returns the mask of the margin, [B]."""
+def update_coefficient(state, batch, margin, mask, config):
+    """One step of β_φ, and the test of n where one is due; `mask`, [B], is m_β."""
     _, _, beta_adam = optimizers(config)
-    mask = batch.trusted if config.select_actions else jnp.ones_like(batch.trusted)
-    if config.coefficient == "adaptive" and not online:
-        params, opt_state, _ = descend(
-            coefficient_loss, state.coefficient, beta_adam, state.coefficient_opt,
-            batch, margin, mask, config,
-        )  # fmt: skip
-        threshold = update_threshold(state.threshold, margin, mask, state.step, config)
-        state = state._replace(coefficient=params, coefficient_opt=opt_state, threshold=threshold)
-    return state, mask
+    params, opt_state, _ = descend(
+        coefficient_loss, state.coefficient, beta_adam, state.coefficient_opt,
+        batch, margin, mask, config,
+    )  # fmt: skip
+    threshold = update_threshold(state.threshold, margin, mask, state.step, config)
+    return state._replace(coefficient=params, coefficient_opt=opt_state, threshold=threshold)
 
 
 def coefficient_metrics(beta, regularised, margin, mask, batch):
-    """What β_φ and the threshold did in this batch; β_φ where the regulariser acts. Scalars."""
+    """What β_φ and the threshold did in this batch; β_φ where it has an effect. Scalars."""
     regularised = jnp.where(regularised.any(), regularised, 1) > 0  # if there are none, show all
     return {
         "beta_min": beta.min(where=regularised, initial=jnp.inf),
@@ -659,7 +660,7 @@ def coefficient_metrics(beta, regularised, margin, mask, batch):
 
 # ================================================================================================
 # The algorithm ends here. Below is one way to run it: replace it with yours. It compiles functions
-# of one seed for S seeds at once (`seeds.vmap`). Only `main` and what follows it import common/.
+# of one seed for S seeds at once (`seeds.vmap`). Only `main` and the last lines import common/.
 # ================================================================================================
 
 
@@ -674,7 +675,7 @@ def modify_reward(reward, config):
 
 
 def update_keys(key, step):
-    """The two keys of update `step`, for batch and noise, however long a call is."""
+    """The two keys of update `step`, for batch and noise; updates_per_call changes neither."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 
@@ -702,7 +703,7 @@ def train_interval(state, data, config, num_updates=None):
         batch = take(data, indices)
         noise = sample_noise(key, batch, config)
         state, info = update_step(state, batch, noise, config)
-        names[:] = info  # noted while scan traces this
+        names[:] = info  # filled when scan traces this function
         return state, jnp.stack([*info.values()])  # one array: one kernel instead of ten
 
     state, metrics = jax.lax.scan(body, state, draws)
@@ -748,7 +749,7 @@ def iql_interval(state, data, config):
 
 def label_by_iql(keys, data, seeds, run, config):
     """Trains one IQL for each seed, and labels the data with its advantage: keys [S] -> [S, N]."""
-    # The states of training start from the same keys: a fold keeps the two apart.
+    # init_state uses these keys too: a fold gives IQL keys of its own.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(keys)
     init = partial(iql_init, obs_dim=data.obs.shape[1], action_dim=data.action.shape[1])
     train = partial(iql_interval, config=config)
@@ -767,9 +768,9 @@ def select_trusted(rewards, ends, label, config):
 
     rewards: float [N], scaled and shifted. ends: bool [N], the last row of each episode.
     """
-    is_unused = not config.offline_steps and config.buffer_init == "none"
-    fitting = "success" if len(np.unique(rewards)) == 2 else "return"  # are rewards sparse?
-    selection = fitting if config.selection == "auto" else config.selection
+    is_unused = not config.offline_steps and config.buffer_init == "none"  # all of the data
+    by_rewards = "success" if len(np.unique(rewards)) == 2 else "return"  # two values: sparse
+    selection = by_rewards if config.selection == "auto" else config.selection
     if config.coefficient == "fixed" or selection == "none" or is_unused:
         trusted = np.ones(len(rewards), bool)
     elif selection == "return":
@@ -785,7 +786,7 @@ def select_trusted(rewards, ends, label, config):
 
 
 class ReplayBuffer(NamedTuple):
-    """One seed's C latest online transitions: when it is full, a new one replaces the oldest."""
+    """One seed's C latest online transitions: once it is full, a new one replaces the oldest."""
 
     rows: Transition  # [C, ...]
     added: jax.Array  # [] i32, transitions stored so far
@@ -821,18 +822,18 @@ def offline_part(data, ends, config):
 
 
 def sample_batch(key, data, buffer, config):
-    """A batch of offline and stored transitions, all equally likely; `half`: half of each."""
+    """A batch of offline and online transitions, all equally likely; `half`: half of each."""
     shape, keys = (config.batch_size,), jax.random.split(key, 3)
     num_offline = len(data.reward)
-    num_stored = jnp.minimum(buffer.added, len(buffer.rows.reward))
-    new = take(buffer.rows, jax.random.randint(keys[0], shape, 0, num_stored))
+    num_online = jnp.minimum(buffer.added, len(buffer.rows.reward))
+    new = take(buffer.rows, jax.random.randint(keys[0], shape, 0, num_online))
     if num_offline == 0:
         return new
     old = take(data, jax.random.randint(keys[1], shape, 0, num_offline))
     if config.buffer_init == "half":
         is_old = jnp.arange(config.batch_size) < config.batch_size // 2
     else:
-        is_old = jax.random.randint(keys[2], shape, 0, num_offline + num_stored) < num_offline
+        is_old = jax.random.randint(keys[2], shape, 0, num_offline + num_online) < num_offline
     choose = jax.vmap(lambda is_old, old, new: jnp.where(is_old, old, new))
     return jax.tree.map(partial(choose, is_old), old, new)
 
@@ -845,7 +846,7 @@ def explore(actor_params, obs, key, step, config):
 
 
 def online_update(state, buffer, data, config):
-    """One update on a batch of offline and stored transitions."""
+    """One update on a batch of offline and online transitions."""
     index_key, noise_key = update_keys(state.key, state.step + 1)
     batch = sample_batch(index_key, data, buffer, config)
     noise = sample_noise(noise_key, batch, config)
@@ -863,7 +864,7 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
     learn = partial(online_update, config=config)
     learn = seeds.vmap(learn, in_axes=(0, 0, DATA_AXES), donate=0)
     play = seeds.vmap(act)
-    # Updates fold their number into the same keys: exploration folds one that they never reach.
+    # Updates fold their number into these keys: exploration folds one that they never reach.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     buffer = seeds.spread(jax.vmap(lambda _: init_buffer(data, config))(keys))
     state, buffer = run.resume("online", (state, buffer), config.online_steps)
@@ -919,16 +920,16 @@ def main(config, workdir=None, resume=True):
     seeds = Seeds(config.num_seeds)
     keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.num_seeds)])
 
-    # --- the data, the state of each seed, and the transitions that it trusts ---
+    # --- the data, and for each seed its state and the transitions that it trusts ---
     data = make_transitions(dataset, config)
     sizes = {"obs_dim": data.obs.shape[1], "action_dim": data.action.shape[1]}
-    init = partial(jax.lax.map, partial(init_state, **sizes, config=config))
+    init = partial(jax.lax.map, partial(init_state, **sizes, config=config))  # as if alone
     data = seeds.share(data)
     if config.offline_checkpoint:
         state, trusted = load_offline(config, dataset, like=jax.eval_shape(init, keys))
     else:
-        state, train = init(keys), partial(label_by_iql, keys, data, seeds, run, config)
-        label = partial(cached_labels, train, data, config)
+        state, make = init(keys), partial(label_by_iql, keys, data, seeds, run, config)
+        label = partial(cached_labels, make, data, config)  # called if selection is iql
         trusted = select_trusted(np.asarray(data.reward), dataset.episode_ends, label, config)
         check_trusted(trusted, dataset, config)
     state = seeds.spread(state)

@@ -27,8 +27,8 @@ ANTMAZE = {
     "antmaze-large-play-v2": (5.0, 5.0),
     "antmaze-large-diverse-v2": (5.0, 5.0),
 }
-# custom: your own data, with the paper's sizes
-TASKS = ("demo", "demo-sparse", "custom", *MUJOCO, *ANTMAZE)
+# custom: your own data, with the paper's sizes; ogbench: its tasks, with the sizes used for them
+TASKS = ("demo", "demo-sparse", "custom", "ogbench", *MUJOCO, *ANTMAZE)
 
 
 def defaults():
@@ -37,11 +37,13 @@ def defaults():
 
     # data
     c.task = "custom"
-    # demo | demo-sparse | <D4RL task> | d4rl:<HDF5 file> | <Minari id>
+    # demo | demo-sparse | <D4RL task> | d4rl:<HDF5 file> | ogbench:<task> | <Minari id>
     c.dataset = config_dict.placeholder(str)
-    c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
+    c.dataset_path = config_dict.placeholder(str)  # the file to read for that data set
     c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one that the data name
     c.max_episode_steps = config_dict.placeholder(int)  # by default the environment's limit
+    # <random return>,<expert return>, which score 0 and 100; by default the data's or D4RL's own
+    c.reference = config_dict.placeholder(tuple)
     c.physics = config_dict.placeholder(str)  # d4rl | stock; by default d4rl for D4RL's tasks
     c.observation_keys = ""  # of dictionary observations, such as observation,desired_goal
     c.d4rl_rows = "all"  # all | qlearning: only those that D4RL's qlearning_dataset keeps
@@ -122,6 +124,11 @@ def get_config(task="demo"):
         raise ValueError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
     c = defaults()
     if task == "custom":
+        return c
+    if task == "ogbench":
+        c.task, c.selection = task, "iql"
+        c.hidden_dims, c.critic_layers = (512,) * 4, (4, 4)
+        c.eval_interval, c.eval_episodes = 50_000, 50
         return c
     c.task = c.dataset = task
     if task in MUJOCO:

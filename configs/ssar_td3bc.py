@@ -33,8 +33,8 @@ NEW_POLICY_FREQ = {
     "antmaze-large-play-v2": 100,
     "antmaze-large-diverse-v2": 100,
 }
-# custom: your own data, with the paper's sizes
-TASKS = ("demo", "demo-sparse", "custom", *MUJOCO, *ANTMAZE)
+# custom: your own data, with the paper's sizes; ogbench: its tasks, with the sizes used for them
+TASKS = ("demo", "demo-sparse", "custom", "ogbench", *MUJOCO, *ANTMAZE)
 
 
 def defaults():
@@ -43,11 +43,13 @@ def defaults():
 
     # data
     c.task = "custom"
-    # demo | demo-sparse | <D4RL task> | d4rl:<HDF5 file> | <Minari id>
+    # demo | demo-sparse | <D4RL task> | d4rl:<HDF5 file> | ogbench:<task> | <Minari id>
     c.dataset = config_dict.placeholder(str)
-    c.dataset_path = config_dict.placeholder(str)  # the HDF5 file to read for that data set
+    c.dataset_path = config_dict.placeholder(str)  # the file to read for that data set
     c.env = config_dict.placeholder(str)  # Gymnasium id; by default the one that the data name
     c.max_episode_steps = config_dict.placeholder(int)  # by default the environment's limit
+    # <random return>,<expert return>, which score 0 and 100; by default the data's or D4RL's own
+    c.reference = config_dict.placeholder(tuple)
     c.physics = config_dict.placeholder(str)  # d4rl | stock; by default d4rl for D4RL's tasks
     c.observation_keys = ""  # of dictionary observations, such as observation,desired_goal
     c.d4rl_rows = "all"  # all | qlearning: only those that D4RL's qlearning_dataset keeps
@@ -121,6 +123,10 @@ def get_config(task="demo"):
     c = defaults()
     if task == "custom":
         c.coefficient_init = 2.0  # short runs with 0.4 fell below their data, see experiments/
+        return c
+    if task == "ogbench":
+        c.task, c.selection, c.coefficient_init = task, "iql", 2.0
+        c.hidden_dims, c.eval_interval, c.eval_episodes = (512,) * 4, 50_000, 50
         return c
     c.task = c.dataset = task
     if task in MUJOCO:

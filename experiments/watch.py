@@ -100,9 +100,11 @@ def watch(folder: Path, out: Path, seed: int | None = None, episodes: int = 1) -
 
         for episode in range(episodes):
             evaluate.seeds = [first + episode]
-            total = evaluate(play, actor_params).returns.item()
+            played = evaluate(play, actor_params)
+            total, success = played.returns.item(), played.success.item()
             video.append_data(draw(slot.env))
-            score = f", score {dataset.score(total):.1f}" if dataset.reference else ""
+            score = dataset.score(total, success) if dataset.is_normalized else None
+            score = "" if score is None else f", score {score:.1f}"
             print(f"episode {episode}: return {total:.2f}{score}, {slot.length} steps")
     print(f"-> {out}")
 

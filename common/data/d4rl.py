@@ -4,10 +4,8 @@ import os
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from common.run.errors import explained
-from common.run.stopping import stop_if_told
 from common.run.workdir import absolute
 
 # Robots: the Gymnasium task of the same rewards, and D4RL's random and expert returns, between
@@ -52,39 +50,35 @@ TASKS = {task.name: task for task in _tasks()}
 FILES = {task.file: task for task in TASKS.values()}
 
 
-class Bar(tqdm):
-    """A progress bar at which Ctrl-C and SIGTERM end a download."""
-
-    def update(self, n=1):
-        stop_if_told()
-        return super().update(n)
-
-
 def fetch(task: Task) -> str:
-    """Path of the task's file in D4RL's own folder, downloaded unless it is there.
+    """Path of the task's file in D4RL_DATASET_DIR or ~/.d4rl/datasets; see download."""
+    folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
+    return download(MIRROR, task.revision, task.file, absolute(folder, "D4RL_DATASET_DIR"))
 
-    The folder is D4RL_DATASET_DIR or ~/.d4rl/datasets. Raises InputError if the download fails.
+
+def download(mirror: str, revision: str, file: str, folder: str) -> str:
+    """Path of a file in `folder`, downloaded from a data set on Hugging Face unless it is there.
+
+    Raises InputError if the download fails.
     """
-    name = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
-    folder = absolute(name, "D4RL_DATASET_DIR")
-    path = os.path.join(folder, task.file)
+    path = os.path.join(folder, file)
     if os.path.isfile(path):
         return path
-    print(f"downloading {task.file} into {folder}, once", flush=True)
-    what = f"cannot download {task.file} from huggingface.co/datasets/{MIRROR} into {folder}"
+    print(f"downloading {file} into {folder}, once", flush=True)
+    what = f"cannot download {file} from huggingface.co/datasets/{mirror} into {folder}"
     with explained(what, "try again, or give a file with --config.dataset_path=<file>"):
         from huggingface_hub import hf_hub_download, logging
 
         logging.set_verbosity_error()  # without its retries
-        place = {"repo_type": "dataset", "revision": task.revision, "local_dir": folder}
-        return hf_hub_download(MIRROR, task.file, tqdm_class=Bar, **place)
+        place = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
+        return hf_hub_download(mirror, file, **place)
 
 
-def reference_of(metadata, env_name: str) -> tuple[float, float] | None:
-    """(random, expert) return: the data set's own, or D4RL's for that environment, if any."""
+def reference_of(metadata, env_id: str) -> tuple[float, float] | None:
+    """(random, expert) return: the data set's own, or D4RL's for exactly that environment."""
     scores = [metadata.get("ref_min_score"), metadata.get("ref_max_score")]
     if None not in scores and -np.inf < float(scores[0]) < float(scores[1]) < np.inf:
         return float(scores[0]), float(scores[1])
-    if env_name.startswith("AntMaze-"):
+    if env_id.startswith("ssar-jax/AntMaze-"):
         return (0.0, 1.0)
-    return ROBOTS.get(env_name.lower(), (None, None))[1]
+    return dict(ROBOTS.values()).get(env_id)

@@ -42,13 +42,16 @@ class Dataset:
     normalizer: Normalizer
     fingerprint: str  # 16 hexadecimal digits, of all columns as they stand here
     reference: tuple[float, float] | None = None  # (random, expert) return; None: raw scores
+    scored_by_success: bool = False  # the score is the success rate in per cent instead
     physics: str = "stock"  # d4rl: with the capsules of older MuJoCo builds
     observation_keys: tuple[str, ...] | None = None  # of dictionary observations, in column order
     rescaled: str = ""  # the environment's bounds of actions, unless they are -1 and 1
 
     def __str__(self):
         scores = "raw returns, because there are no reference scores"
-        if self.reference:
+        if self.scored_by_success:
+            scores = "success rates in per cent"
+        elif self.reference:
             scores = "0 at a return of {:g} and 100 at {:g}".format(*self.reference)
         keys = ", ".join(self.observation_keys or ())
         changes = f" and observations joined as {keys}" if keys else ""
@@ -66,8 +69,20 @@ class Dataset:
         first = np.r_[0, np.flatnonzero(self.episode_ends)[:-1] + 1]
         return np.add.reduceat(self.rewards.astype(np.float64), first)
 
-    def score(self, episode_return):
+    @property
+    def behaviour(self) -> float:
+        """The mean score of the data's own episodes; NaN without any, and if they are play."""
+        is_scored = len(self.rewards) and not self.scored_by_success
+        return float(np.mean(self.score(self.returns))) if is_scored else np.nan
+
+    @property
+    def is_normalized(self) -> bool:
+        return self.scored_by_success or self.reference is not None
+
+    def score(self, episode_return, success=None):
         """Normalised score, 100 = expert; the return itself without a reference."""
+        if self.scored_by_success:
+            return 100.0 * success
         if self.reference is None:
             return episode_return
         low, high = self.reference

@@ -6,6 +6,7 @@
 import contextlib
 import shutil
 
+import filelock
 import gymnasium
 import minari
 import numpy as np
@@ -13,7 +14,6 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
 from common.envs.make import env_spec
-from common.run.workdir import locked
 
 EPISODES = 600
 # Name: id of the data set, environment, returns between which scores are normalised.
@@ -50,8 +50,10 @@ gymnasium.register("ssar-jax/SparseReacher-v0", f"{__name__}:SparseReacher", max
 
 def demo_dataset_id(name: str) -> str:
     """A demo's Minari id; on first use, one process records it and the others wait."""
-    dataset_id, busy = DEMOS[name][0], "waiting for the process that records the demo"
-    with locked(get_dataset_path(".ssar-jax.lock"), busy, waits=True):
+    dataset_id = DEMOS[name][0]
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            held.enter_context(filelock.FileLock(get_dataset_path(".ssar-jax.lock")))
         with contextlib.suppress(Exception):  # Minari raises many kinds for what a kill has left
             if minari.load_dataset(dataset_id).total_episodes > 0:
                 return dataset_id

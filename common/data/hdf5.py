@@ -35,7 +35,7 @@ def read_hdf5(path: str, env: str | None, task: Task | None) -> tuple:
         else:
             spec = own_spec(path, named, json.loads(file.attrs.get("env_kwargs", "{}")))
         stored = {key: file[key] for key in file if isinstance(file.get(key), h5py.Dataset)}
-        return spec, reference_of(file.attrs, spec.name), read_columns(path, stored)
+        return spec, reference_of(file.attrs, spec.id), read_columns(path, stored)
 
 
 def open_hdf5(path: str) -> h5py.File:

@@ -11,6 +11,8 @@ from common.envs.d4rl_physics import d4rl_physics, is_known
 from common.envs.make import env_spec, try_env
 from common.run.errors import InputError
 
+OGBENCH = "ogbench:"  # names of its tasks begin with this
+
 
 def load_dataset(config) -> Dataset:
     """The data set of the settings; prints one line about it. Raises InputError.
@@ -31,7 +33,9 @@ def load_dataset(config) -> Dataset:
         columns = {"observations": obs, "next_observations": obs, "actions": actions}
         columns |= {"rewards": np.zeros(0, np.float32), "terminals": np.zeros(0, bool)}
     columns["actions"], rescaled = _rescale(source, columns["actions"], bounds, spec.id)
-    columns = transitions(source, columns, config.d4rl_rows, spec.max_episode_steps)
+    is_ogbench = (config.dataset or "").startswith(OGBENCH)
+    limit = spec.max_episode_steps
+    columns = transitions(source, columns, config.d4rl_rows, limit, continues=is_ogbench)
     normalizer = fit_normalizer(columns["observations"], config.normalize_observations)
     for key in ("observations", "next_observations"):
         columns[key] = normalizer(columns[key])
@@ -41,7 +45,8 @@ def load_dataset(config) -> Dataset:
         source=source,
         normalizer=normalizer,
         fingerprint=fingerprint(*columns.values()),
-        reference=reference,
+        reference=config.reference or reference,
+        scored_by_success=is_ogbench,
         physics=physics,
         observation_keys=keys,
         rescaled=rescaled,
@@ -55,11 +60,15 @@ def _read(config, keys):
     name, path, env = config.dataset or "", config.dataset_path, config.env
     if not (name or path):
         spec = env_spec(env, "a run without --config.dataset")
-        return spec.id, None, (spec, d4rl.reference_of({}, spec.name), None)
+        return spec.id, None, (spec, d4rl.reference_of({}, spec.id), None)
     stem = name.removeprefix("d4rl:")
     is_file = stem != name or stem.endswith((".hdf5", ".h5"))
     if is_file and stem not in d4rl.TASKS:
         path = path or stem
+    if name.startswith(OGBENCH):
+        from common.data.ogbench import read_ogbench  # the package is optional
+
+        return read_ogbench(name.removeprefix(OGBENCH), path, env)
     task = d4rl.TASKS.get(stem) or d4rl.FILES.get(os.path.basename(path or ""))
     if path or task:
         path = path or d4rl.fetch(task)
@@ -88,20 +97,22 @@ def _rescale(source, actions, bounds, env_id) -> tuple[np.ndarray, str]:
     return np.clip(2 * (actions - low) / (high - low) - 1, -1, 1).astype(np.float32), text
 
 
-def transitions(source, columns, rows: str, max_steps: int | None):
+def transitions(source, columns, rows: str, max_steps: int | None, continues: bool = False):
     """The columns of all rows with known successors, with their successors and episode ends.
 
     rows=all: every row with a recorded successor; if none are recorded, every row that the next row
     follows or where the task ended. rows=qlearning: D4RL's qlearning_dataset, which always takes
     the next row and drops the last row of all and those that end by time-out. max_steps: the
-    environment's time limit, used if no time-outs are recorded. Raises InputError.
+    environment's time limit, used if no time-outs are recorded. continues: whether an episode goes
+    on after the task has ended in it. Raises InputError.
     """
     obs, terminals = columns["observations"], columns["terminals"]
     timeouts = columns.get("timeouts", np.zeros_like(terminals))
     successors = columns.get("next_observations") if rows == "all" else None
     if timeouts.any():
         max_steps = None  # the recording may have had another limit
-    ends = find_episode_ends(obs, successors, terminals | timeouts, max_steps)
+    ended = timeouts if continues else terminals | timeouts
+    ends = find_episode_ends(obs, successors, ended, max_steps)
     found = {key: columns[key] for key in NEEDED}
     if successors is not None:
         return found | {"next_observations": successors, "episode_ends": ends}

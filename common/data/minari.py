@@ -45,7 +45,7 @@ def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
         keys = check_spaces(dataset_id, stored.observation_space, stored.action_space, keys)
         print(f"reading {stored.total_episodes:,} episodes of {dataset_id}", flush=True)
         columns = read_columns(dataset_id, _join_episodes(dataset_id, stored, keys))
-        return spec, reference_of(metadata, spec.name), columns
+        return spec, reference_of(metadata, spec.id), columns
 
 
 def _join_episodes(source, stored, keys) -> dict[str, np.ndarray]:

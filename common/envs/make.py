@@ -93,6 +93,8 @@ class Slot:
 
     def start(self, seed: int | None = None) -> None:
         self.total, self.length, self.success = 0.0, 0, np.nan
+        if seed is not None:
+            np.random.seed(seed)  # OGBench's mazes draw from it
         self._observe(self.env.reset(seed=seed)[0])
 
     def step(self, action: np.ndarray) -> tuple[float, bool, bool]:

@@ -114,7 +114,8 @@ class Run:
     def log(self, step: int, metrics: dict, finished=()) -> None:
         """Adds the metrics, [S] each, of a compiled call, and episodes. Raises Diverged."""
         for row in finished:
-            self._records.episodes.append(row | {"score": self._dataset.score(row["return"])})
+            score = self._dataset.score(row["return"], row["success"])
+            self._records.episodes.append(row | {"score": score})
         # Unlike np.asarray, block_until_ready lets signals be heard.
         metrics = jax.device_get(jax.block_until_ready(metrics))
         values = {name: np.asarray(x, np.float64) for name, x in metrics.items()}
@@ -170,7 +171,7 @@ class Run:
         with self._clock.measure("evaluating"):
             episodes = play()
         self._bar.set_description(self._phase, refresh=False)
-        returns, scores = episodes.returns, self._dataset.score(episodes.returns)
+        returns, scores = episodes.returns, self._dataset.score(episodes.returns, episodes.success)
         columns = {"score": scores.mean(1), "return_mean": returns.mean(1)}
         columns |= {"return_std": returns.std(1), "success_rate": episodes.success.mean(1)}
         columns |= {name: total / count for name, (total, count) in sums.items()}

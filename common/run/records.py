@@ -81,7 +81,7 @@ class Records:
     def _tags(self, row):
         """An evaluation or an episode under the names that the authors' code logs."""
         phase, kind = row.get("phase", "online"), "eval" if "phase" in row else "episode"
-        score = f"normalized_{kind}_score" if self.dataset.reference else f"{kind}_return"
+        score = f"normalized_{kind}_score" if self.dataset.is_normalized else f"{kind}_return"
         tags, online = {f"{phase}_{score}": row["score"]}, phase == "online"
         if kind == "episode":
             tags |= {f"episode_{key}": row[key] for key in ("return", "length")}
@@ -105,9 +105,8 @@ class Records:
         data, online = self.dataset, self.of(self.seeds[0], "online")
         learned = sum(row["step"] > self.config.warmup_steps for row in online)
         scores = self.column("score")[:, -learned:]  # all of them if nothing was learned online
-        behaviour = np.mean(data.score(data.returns)) if len(data.returns) else np.nan
         columns = {
-            "behaviour": np.full(len(self.seeds), behaviour),
+            "behaviour": np.full(len(self.seeds), data.behaviour),
             "last": scores[:, -1],
             "mean_last_10": scores[:, -10:].mean(axis=1),
             "best": scores.max(axis=1),
@@ -123,7 +122,7 @@ class Records:
         if self.wandb:
             self.wandb.summary.update(columns)
         return columns | {
-            "normalized": data.reference is not None,
+            "normalized": data.is_normalized,
             "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "data": {

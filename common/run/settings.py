@@ -38,6 +38,8 @@ RULES = (
     ("hidden_dims", lambda x, c: "critic_layers" not in c or len(set(x)) == 1,
      "must be equal widths, because the critics have them too"),
     ("critic_layers", lambda x, c: len(x) == 2, "must have a number of layers for each critic"),
+    ("reference", lambda x, c: len(x) == 2 and x[0] < x[1],
+     "must be <random return>,<expert return>, such as -20.3,3234.3"),
     ("n_start", lambda x, c: x <= c.n_end, "must be at most --config.n_end={c.n_end}"),
     ("coefficient_init", lambda x, c: x or c.coefficient == "fixed",
      "leaves nothing to adapt: give more, or coefficient=fixed"),

@@ -10,7 +10,6 @@ import sys
 import filelock
 
 from common.run.errors import InputError, explained
-from common.run.stopping import stop_if_told
 
 
 def check_same(theirs: dict, config, free, what: str, fix: str) -> None:
@@ -73,21 +72,18 @@ def check_folder(workdir: str, config, resume: bool, may_change) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str, busy: str, waits: bool = False):
+def locked(path: str, busy: str):
     """Holds the lock file `path`; where no lock can be made, it warns and continues without one.
 
-    When another process holds it: waits, printing `busy` once, or raises InputError(busy).
+    Raises InputError(busy) when another process holds it.
     """
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        if not waits:
-            raise InputError(busy) from None
-        print(busy, file=sys.stderr, flush=True)
-        lock.acquire(cancel_check=stop_if_told)
+        raise InputError(busy) from None
     except OSError as error:
-        if not waits and error.errno != errno.ENOLCK:
+        if error.errno != errno.ENOLCK:
             raise
         what = f"{path} cannot be locked ({error.strerror}): start one run at a time"
         print(f"warning: {what}", file=sys.stderr, flush=True)

@@ -140,11 +140,13 @@ def test_a_fixed_coefficient_is_beta_init_on_every_transition_and_never_moves(ss
 def test_untrusted_transitions_shape_the_coefficient_only_without_select_actions(select_actions):
     config = settings(ssar_td3bc, select_actions=select_actions, update_period=1)
     state, batch = new_state(ssar_td3bc, config), batch_of(ssar_td3bc)
-    margin = jnp.where(batch.trusted > 0, 0.1, -9.0)  # only D̂ is likely enough to stop n
-    update = partial(ssar_td3bc.update_coefficient, config=config, online=False)
-    after, _ = update(state, batch, margin)
-    likely, _ = update(state, batch, jnp.full(32, 0.1))
-    assert (int(after.threshold.stopped_at) == int(state.step)) == select_actions
+    noise = ssar_td3bc.sample_noise(state.key, batch, config)
+    update = partial(jitted_update(ssar_td3bc, config), state, noise=noise, update_actor=True)
+    action = ssar_td3bc.actor(state.actor, batch.obs)
+    is_trusted = batch.trusted[:, None] > 0  # only D̂ is likely enough to stop n
+    after, _ = update(batch._replace(action=jnp.where(is_trusted, action, -jnp.sign(action))))
+    likely, _ = update(batch._replace(action=action))
+    assert (int(after.threshold.stopped_at) == int(after.step)) == select_actions
     assert same_bits(after.coefficient, likely.coefficient) == select_actions
     assert not same_bits(after.coefficient, state.coefficient)
 

@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -13,12 +12,9 @@ import numpy as np
 import pytest
 from toys import toy_columns, write_hdf5
 
-from common.data.d4rl import Bar
-from common.run import stopping
-from common.run.stopping import Stopped
-
 ROOT = Path(__file__).parents[2]
 FETCH = "from common.data.d4rl import *; print('got', fetch(TASKS[{!r}]))"
+LOAD = "from common.data.ogbench import *; read_ogbench({!r}, None, None)"
 FILE = "hopper_medium-v2.hdf5"
 
 
@@ -61,11 +57,15 @@ def server(tmp_path):
     server.server_close()
 
 
-def fetch(server, task="hopper-medium-v2"):
+def fetch(server, task="hopper-medium-v2", code=FETCH):
     """What a user's process says that fetches a task, and its exit status."""
-    own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    own = {
+        "HOME": str(server.folder),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+    }
     own |= {"D4RL_DATASET_DIR": str(server.folder), "HF_HOME": f"{server.folder}-home"}
-    command = [sys.executable, "-c", FETCH.format(task)]
+    command = [sys.executable, "-c", code.format(task)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True)
     return done.stdout, done.stderr, done.returncode
 
@@ -88,6 +88,14 @@ def test_the_mazes_come_from_the_newest_revision(server):
     assert path.startswith("/datasets/imone/D4RL/resolve/main/Ant_maze_u-maze_noisy_")
 
 
+def test_a_task_of_ogbench_comes_from_its_mirror_and_is_checked(server):
+    out, err, status = fetch(server, "scene-play-singletask-v0", LOAD)
+    assert status and out.startswith(f"downloading scene-play-v0.npz into {server.folder}/.ogbench")
+    ((path, _),) = server.asked
+    assert path == "/datasets/zhouzypaul/ogbench_datasets/resolve/main/scene-play-v0.npz"
+    assert "scene-play-v0.npz is not readable as OGBench's scene-play-v0.npz (" in err
+
+
 def test_one_sentence_says_what_to_do_without_the_mirror(server):
     server.mood = "has none"
     _, err, status = fetch(server)
@@ -96,11 +104,3 @@ def test_one_sentence_says_what_to_do_without_the_mirror(server):
     assert status and f"cannot download {FILE} from huggingface.co/datasets/imone/D4RL" in said
     assert "404" in said and said.endswith("give a file with --config.dataset_path=<file>")
     assert not (server.folder / FILE).exists()
-
-
-def test_a_signal_ends_a_download(monkeypatch):
-    with Bar(total=2, disable=True) as bar:
-        bar.update()
-        monkeypatch.setattr(stopping, "received", [signal.SIGTERM])
-        with pytest.raises(Stopped):
-            bar.update()

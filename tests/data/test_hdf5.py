@@ -98,14 +98,15 @@ def test_the_files_attributes_name_environment_and_reference(tmp_path):
     assert load(path, env="ssar-test/Walk-v0").env.kwargs == {}
 
 
-def test_scores_follow_the_data_or_the_environments_name():
+def test_scores_follow_the_user_the_data_or_the_environment(tmp_path):
     own = {"ref_min_score": 0.0, "ref_max_score": 5}
-    assert reference_of({}, "Hopper") == (-20.272305, 3234.3)
-    assert reference_of(own, "Hopper") == (0, 5)
-    assert reference_of({}, "AntMaze-umaze") == (0, 1)
-    for name in ("Hopperlike", "AntMaze_UMazeDense", "Ant"):
+    assert reference_of({}, "Hopper-v4") == (-20.272305, 3234.3)
+    assert reference_of(own, "Hopper-v4") == (0, 5)
+    assert reference_of({}, "ssar-jax/AntMaze-umaze-v2") == (0, 1)
+    for name in ("Hopper-v5", "AntMaze_UMazeDense-v5", "Ant-v4"):
         assert reference_of({"ref_min_score": 0.0, "ref_max_score": None}, name) is None
-    assert reference_of(own | {"ref_max_score": -1}, "Ant") is None
+    assert reference_of(own | {"ref_max_score": -1}, "Ant-v4") is None
+    assert load(write(tmp_path, toy_columns(60), **own), reference=(-10.0, 0.0)).score(-1.0) == 90
     for task in TASKS.values():
         assert env_spec(task.env_id, task.name).id == task.env_id
 

@@ -95,8 +95,12 @@ def test_tasks_are_the_authors(row, script):
 @pytest.mark.parametrize("script", [ssar_td3bc, ssar_cql])
 def test_every_task_is_in_the_table(script):
     tasks = {row[0] for row in ROWS}
-    assert set(script.TASKS) == {"demo", "demo-sparse", "custom", *tasks}
+    assert set(script.TASKS) == {"demo", "demo-sparse", "custom", "ogbench", *tasks}
     assert tasks <= set(d4rl.TASKS)
+    for task in ("custom", "ogbench"):
+        config = script.get_config(task)
+        config.dataset = "ogbench:cube-single-play-singletask-v0"
+        check_settings(config)
 
 
 # ----------------------------------------------------------------------------- impossible values
@@ -126,6 +130,7 @@ IMPOSSIBLE = [
     ("reward_scale", INF, "must be at most 1e+30"),
     ("return_threshold", NAN, "must be at least -1e+30"),
     ("hidden_dims", (), "must be whole numbers of at least 1, such as"),
+    ("reference", (5, 1), "must be <random return>,<expert return>, such as -20.3,3234.3"),
     ("n_start", 4.0, "must be at most --config.n_end=3.0"),
     ("seed", -1, "must be at least 0"),
     ("offline_steps", 0, "leaves nothing to do: give it or --config.online_steps"),

@@ -1,0 +1,149 @@
+"""OGBench's single-task data sets by name, and play data recorded with its scripted oracles.
+
+python -m common.data.ogbench record cube-single --steps=300000
+"""
+
+import argparse
+import importlib
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+from tqdm import trange
+
+from common.data.d4rl import download
+from common.data.hdf5 import read_columns
+from common.envs.make import env_spec, make_env
+from common.run.errors import InputError, explained
+from common.run.workdir import absolute
+
+FOLDER = "~/.ogbench/data"  # the package's own
+MIRROR = "zhouzypaul/ogbench_datasets"
+NAME = re.compile(r"(?P<env>[\w-]+)-(?P<kind>[a-z]+)-singletask(?P<task>-task[1-5])?-v0")
+INSTALL = "pip install ogbench"
+# The package's spaces are float64 and its environments look for a screen: each warns many times.
+warnings.filterwarnings("ignore", ".*(precision lowered|DISPLAY)")
+
+
+def read_ogbench(name: str, path: str | None, env: str | None) -> tuple:
+    """What common.data.load reads, of <environment>-<kind>-singletask[-task<1 to 5>]-v0.
+
+    path: the file, by default OGBench's own, downloaded if it is missing. Raises InputError.
+    """
+    with explained(f"ogbench:{name} needs the package ogbench", INSTALL):
+        from ogbench import load_dataset
+        from ogbench.relabel_utils import relabel_dataset
+    env_id, file = parse(name)
+    spec = env_spec(env or env_id, f"ogbench:{name}")
+    path = path or download(MIRROR, "main", file, absolute(FOLDER))
+    fix = f"remove it, and it is downloaded again; or give a complete {file}"
+    with explained(f"{path} is not readable as OGBench's {file}", fix):
+        data = load_dataset(path, add_info=True)  # without the last state of each trajectory
+        task = make_env(gymnasium.spec(env_id))
+        relabel_dataset(env_id, task, data)
+        task.close()
+    # A trajectory continues after a success, and its end is no end of the task.
+    data |= {"timeouts": data["terminals"], "terminals": 1 - data["masks"]}
+    return path, None, (spec, None, read_columns(path, data))
+
+
+def parse(name: str) -> tuple[str, str]:
+    """The environment and the file of a task. Raises InputError for a name of another form."""
+    found = NAME.fullmatch(name)
+    if not found:
+        fix = "give a name such as ogbench:cube-single-play-singletask-task2-v0"
+        raise InputError(f"ogbench:{name} is not a single task: {fix}")
+    return (
+        f"{found['env']}-singletask{found['task'] or ''}-v0",
+        f"{found['env']}-{found['kind']}-v0.npz",
+    )
+
+
+def record(env_name: str, steps: int, seed: int) -> dict:
+    """Play data in OGBench's layout, `steps` transitions in trajectories of 1,000: arrays by key.
+
+    A scripted oracle with noise moves cubes, presses buttons or walks a point to random goals, one
+    after the other. Raises InputError for an environment that has none.
+    """
+    is_maze, rng, rows = "pointmaze" in env_name, np.random.default_rng(seed), {}
+    np.random.seed(seed)  # the package draws from it
+    options = {"terminate_at_goal": False, "max_episode_steps": 1001}
+    options |= {} if is_maze else {"mode": "data_collection"}
+    fix = f"{INSTALL}; choose a pointmaze, a cube or a puzzle, such as cube-single"
+    with explained(f"cannot record {env_name}", fix):
+        importlib.import_module("ogbench")
+        env = gymnasium.make(f"{env_name}-v0", **options)
+        for trajectory in trange(-(-steps // 1000), desc=f"recording {env_name}"):
+            (obs, info), ended = env.reset(seed=seed + trajectory), False
+            choose = (walker if is_maze else planner)(env.unwrapped, rng)
+            while not ended:
+                action = np.clip(choose(obs, info), -1, 1).astype(np.float32)
+                row = {"observations": obs, "actions": action}
+                obs, _, _, ended, info = env.step(action)
+                row |= {"terminals": ended, "qpos": info["prev_qpos"], "qvel": info["prev_qvel"]}
+                if "prev_button_states" in info:
+                    row["button_states"] = info["prev_button_states"]
+                for key, value in row.items():
+                    rows.setdefault(key, []).append(value)
+        env.close()
+    kinds = {"terminals": bool, "button_states": np.int64}
+    return {key: np.array(x, kinds.get(key, np.float32)) for key, x in rows.items()}
+
+
+def walker(env, rng):
+    """Walks from cell to cell with OGBench's noise of 0.5, and from goal to random goal."""
+    cells = np.argwhere(env.maze_map == 0)
+
+    def choose(obs, info):
+        if info.get("success", 1):
+            env.set_goal(goal_ij=tuple(rng.choice(cells)))
+        way = env.get_oracle_subgoal(obs[:2], env.cur_goal_xy)[0] - obs[:2]
+        return way / (np.linalg.norm(way) + 1e-6) + 0.5 * rng.standard_normal(2)
+
+    return choose
+
+
+def planner(env, rng):
+    """Follows OGBench's plans with its noise of 0.1, from one random target to the next."""
+    from ogbench.manipspace.oracles.plan import button_plan, cube_plan
+
+    button = button_plan.ButtonPlanOracle(env=env, gripper_always_closed=True)
+    oracles, oracle = {"cube": cube_plan.CubePlanOracle(env=env), "button": button}, None
+
+    def choose(obs, info):
+        nonlocal oracle
+        if oracle is None or oracle.done:
+            if oracle:
+                obs, info = env.set_new_target(p_stack=rng.uniform(0, 0.3))
+            oracle = oracles[info["privileged/target_task"]]
+            oracle.reset(obs, info)
+        return oracle.select_action(obs, info)
+
+    return choose
+
+
+def main() -> None:
+    """Records a data set, and prints how to train on it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["record"])
+    parser.add_argument("env", help="such as cube-single, puzzle-3x3 or pointmaze-medium")
+    parser.add_argument("--steps", type=int, default=300_000, help="transitions (300000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="the file to write, by default recorded/<env>.npz")
+    args = parser.parse_args()
+    path = Path(args.out or f"recorded/{args.env}.npz").absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **record(args.env, args.steps, args.seed))
+    except (InputError, OSError) as error:
+        sys.exit(f"ogbench: {error}")
+    kind = "navigate" if "maze" in args.env else "play"
+    task = f"ogbench:{args.env}-{kind}-singletask-v0"
+    print(f"--config.dataset={task} --config.dataset_path={path} trains on this recording")
+
+
+if __name__ == "__main__":
+    main()
