@@ -22,6 +22,7 @@ import h5py
 import jax
 import ml_collections
 import numpy as np
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,6 +35,7 @@ from common.run.workdir import load_settings  # noqa: E402
 NOISE = (0.3, 1.0, 3.0)  # standard deviations of the data in each dimension
 EPISODES = 10
 SAMPLE = 4000  # states of the data that are looked at
+LOOKS = {"data": "0.75", "D̂": "#1f5fa8", "visited": "#c4561a"}
 
 
 def known_quality(path, dataset):
@@ -54,25 +56,23 @@ def known_quality(path, dataset):
     return of_row > of_row.mean() if len(mean) > 1 else None
 
 
-def play(act, params, dataset, discount, config):
+def play(act, params, dataset, config):
     """States and actions that the policy visits, and its discounted return from each: [T, ...]."""
     states, actions, returns = [], [], []
     slot = Slot(dataset.env, dataset.observation_keys)
     for episode in range(EPISODES):
-        slot.start(1000 + episode)
+        slot.start(episode)
         rewards, ended = [], False
         while not ended:
             states.append(dataset.normalizer(slot.obs))
             actions.append(np.asarray(act(params, states[-1][None]))[0])
-            reward, terminated, truncated = slot.step(actions[-1])
+            reward, *ends = slot.step(actions[-1])
             rewards.append(config.reward_scale * reward + config.reward_bias)
-            ended = terminated or truncated
-        total, reverse = 0.0, []
-        for reward in rewards[::-1]:
-            total = reward + discount * total
-            reverse.append(total)
-        returns += reverse[::-1]
-    return np.array(states, np.float32), np.array(actions, np.float32), np.array(returns)
+            ended = any(ends)
+        for t in range(len(rewards) - 2, -1, -1):
+            rewards[t] += config.discount * rewards[t + 1]
+        returns += rewards
+    return np.array(states), np.array(actions), np.array(returns)
 
 
 def nearest(states, data):
@@ -85,102 +85,93 @@ def ranks(x):
     return np.argsort(np.argsort(x)).astype(float)
 
 
-def analyse(folder: Path, seed_index: int):
-    """One row of the table, and the three clouds of states: data, D̂, visited. Raises InputError."""
+def load_run(folder: Path):
+    """Script, settings, Dataset and checkpoint of a finished run. Raises InputError."""
     saved, settings = load_checkpoint(str(folder)), load_settings(str(folder))
-    results = json.loads((folder / "results.json").read_text())
-    module = importlib.import_module(results["algorithm"])
-    config = ml_collections.FrozenConfigDict(settings)
+    name = json.loads((folder / "results.json").read_text())["algorithm"]
+    settings = importlib.import_module(f"configs.{name}").get_config().to_dict() | settings
     dataset = load_dataset(SimpleNamespace(**settings))
     if dataset.fingerprint != saved["fingerprint"]:
         raise InputError(f"{folder} was trained on other data than {dataset.source}")
-    state = jax.tree.map(lambda x: x[seed_index], saved["state"])
-    trusted = saved["trusted"][seed_index]
-    row = {"run": str(folder), "seed": results["seeds"][seed_index], "trusted": trusted.mean()}
-    path = settings["dataset_path"] or (settings["dataset"] or "").removeprefix("d4rl:")
-    good = known_quality(path, dataset)
-    if good is not None:
-        row |= {"good": good.mean(), "precision": good[trusted].mean()}
-        row |= {"recall": trusted[good].mean()}
+    config = ml_collections.FrozenConfigDict(settings)
+    return importlib.import_module(name), config, dataset, saved
 
-    states, actions, returns = play(
-        jax.jit(module.act), state["actor"], dataset, config.discount, config
-    )
+
+def analyse(module, config, dataset, saved, i: int):
+    """The numbers of seed number i, and three clouds of states: the data, D̂, visited ones."""
+    state = jax.tree.map(lambda x: x[i], saved["state"])
+    trusted, row = saved["trusted"][i], {"seed": config.seed + i}
+    row["trusted"] = trusted.mean()
+    path = config.dataset_path or (config.dataset or "").removeprefix("d4rl:")
+    if (good := known_quality(path, dataset)) is not None:
+        row |= {"good": good.mean(), "precision": good[trusted].mean()}
+        row["recall"] = trusted[good].mean()
+
+    states, actions, returns = play(jax.jit(module.act), state["actor"], dataset, config)
     rng = np.random.default_rng(0)
     sample = rng.choice(len(trusted), min(SAMPLE, len(trusted)), replace=False)
     near, obs = trusted[sample], dataset.observations[sample]
     row["visits_nearest_to_trusted"] = near[nearest(states, obs)].mean()
     if config.coefficient == "adaptive":
         beta = lambda x: np.asarray(module.coefficient(state["coefficient"], x, config))
-        row |= {"beta_trusted": beta(obs[near]).mean()}
-        row |= {"beta_others": beta(obs[~near]).mean() if (~near).any() else np.nan}
+        row["beta_trusted"] = beta(obs[near]).mean()
+        row["beta_others"] = beta(obs[~near]).mean() if not near.all() else np.nan
         for scale in NOISE:
-            noise = rng.standard_normal(obs.shape).astype(np.float32)
-            row[f"beta_noise_{scale}"] = beta(obs + scale * noise * obs.std(0)).mean()
+            noise = scale * obs.std(axis=0) * rng.standard_normal(obs.shape)
+            row[f"beta_noise_{scale}"] = beta((obs + noise).astype(np.float32)).mean()
         row["beta_visited"] = beta(states).mean()
-        q = np.asarray(module.critics(state["critic"], states, actions))[0]
-        pairs = ranks(beta(states)), ranks(np.abs(q - returns))
-        row |= {
-            "q_error": (q - returns).mean(),
-            "beta_error_rank_correlation": np.corrcoef(*pairs)[0, 1],
-        }
+        error = np.asarray(module.critics(state["critic"], states, actions))[0] - returns
+        pairs = ranks(beta(states)), ranks(np.abs(error))
+        row |= {"q_error": error.mean(), "beta_error_rank_correlation": np.corrcoef(*pairs)[0, 1]}
+    row = {key: x if isinstance(x, int) else float(x) for key, x in row.items()}
     return row, (obs, obs[near], states)
 
 
 def draw(clouds, titles, out):
-    """Data, D̂ and visited states of each run in two dimensions, by t-SNE."""
+    """Draws data, D̂ and visited states in two dimensions, by t-SNE. Raises InputError."""
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise InputError(f"--out: {error}: pip install scikit-learn") from None
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.use("agg")
     figure = Figure(figsize=(4.2 * len(clouds), 4), layout="constrained")
-    for axis, parts, title in zip(
-        figure.subplots(1, len(clouds), squeeze=False).flat, clouds, titles, strict=True
-    ):
-        parts = [x[:: max(len(x) // 1000, 1)] for x in parts]
+    axes = figure.subplots(1, len(clouds), squeeze=False).flat
+    for axis, parts, title in zip(axes, clouds, titles, strict=True):
+        parts = [x[:: len(x) // 1000 + 1] for x in parts]
         places = TSNE(random_state=0).fit_transform(np.concatenate(parts))
-        looks = (("0.75", "data", 4), ("#1f5fa8", "D̂", 4), ("#c4561a", "visited", 4))
-        for points, (color, label, size) in zip(
-            np.split(places, np.cumsum([len(x) for x in parts])[:-1]), looks, strict=True
-        ):
-            axis.scatter(*points.T, s=size, color=color, label=label, lw=0)
+        for (label, color), part in zip(LOOKS.items(), parts, strict=True):
+            points, places = places[: len(part)], places[len(part) :]
+            axis.scatter(*points.T, s=4, color=color, label=label, lw=0)
         axis.set(title=title, xticks=[], yticks=[])
-    axis.legend(markerscale=3)
+        axis.legend(markerscale=3)
     figure.savefig(out, dpi=130)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments=None) -> None:
+    """Prints the numbers of every seed of the runs, and writes what else is asked for."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("runs", nargs="+", type=Path, help="finished run folders")
     parser.add_argument("--out", type=Path, help="draw the states to this picture")
-    parser.add_argument("--csv", type=Path, help="also write the table to this file")
+    parser.add_argument("--csv", type=Path, help="also write the numbers to this file")
     args = parser.parse_args(arguments)
+    rows, clouds = [], []
     try:
-        found = []
         for folder in args.runs:
-            for i in range(load_settings(str(folder))["num_seeds"]):
-                found.append(analyse(folder, i))
-                for key, value in found[-1][0].items():
-                    print(
-                        f"{key:>28}  {value:.3f}"
-                        if isinstance(value, float)
-                        else f"{key:>28}  {value}"
-                    )
-                print(flush=True)
+            run = load_run(folder)
+            for i in range(run[1].num_seeds):
+                row, cloud = analyse(*run, i)
+                rows.append({"run": str(folder)} | row)
+                clouds.append(cloud)
+                for key, x in rows[-1].items():
+                    print(f"{key:>28}  {f'{x:.3f}' if isinstance(x, float) else x}", flush=True)
         if args.csv:
-            names = list(dict.fromkeys(key for row, _ in found for key in row))
             with open(args.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, names)
+                writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
                 writer.writeheader()
-                writer.writerows(row for row, _ in found)
+                writer.writerows(rows)
         if args.out:
-            draw([clouds for _, clouds in found], [row["run"] for row, _ in found], args.out)
+            names = ["/".join(Path(row["run"]).parts[-3:]) for row in rows]
+            draw(clouds, names, args.out)
     except (InputError, OSError) as error:
         sys.exit(f"analyse: {error}")
 

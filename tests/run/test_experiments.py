@@ -1,4 +1,4 @@
-"""Comparing runs with experiments/compare.py, and filming them with experiments/watch.py."""
+"""Comparing, filming and analysing runs with the scripts in experiments/."""
 
 import contextlib
 import json
@@ -20,6 +20,7 @@ from toys import Walk, tiny_config, toy_columns, write_hdf5
 import ssar_td3bc
 from common.run import InputError
 from common.run.folder import close_run
+from experiments import analyse
 from experiments.compare import COLUMNS, compare, interval
 from experiments.watch import watch
 
@@ -183,3 +184,58 @@ def test_what_a_film_needs_is_named(tmp_path, monkeypatch):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("watch: MUJOCO_GL=paper does not work")
+
+
+# ------------------------------------------------------------------------------------- analysing
+
+
+def test_the_numbers_of_a_run(tmp_path, capsys):
+    columns = toy_columns()
+    ends = columns["terminals"] | columns["timeouts"]
+    episode = np.cumsum(np.r_[0, ends[:-1]])
+    returns = np.bincount(episode, columns["rewards"])
+    is_better = (returns > np.median(returns))[episode]  # by the better of two policies
+    data = write_hdf5(tmp_path / "toy.hdf5", **columns, **{"infos/policy_id": is_better})
+    config = tiny_config(data, offline_steps=20, selection="return", return_threshold=-6.0)
+    ssar_td3bc.main(config, str(tmp_path / "run"))
+    analyse.main([str(tmp_path / "run"), f"--csv={tmp_path / 'x.csv'}"])
+    (row,) = [
+        {k: float(x) for k, x in row.items() if k != "run"} for row in rows_of(tmp_path, "x.csv")
+    ]
+    trusted = (returns > -6)[episode]
+    assert 0.1 < trusted.mean() < 0.9 and row["trusted"] == pytest.approx(trusted.mean())
+    assert row["good"] == pytest.approx(is_better.mean())
+    assert row["precision"] == pytest.approx(is_better[trusted].mean())
+    assert row["recall"] == pytest.approx(trusted[is_better].mean())
+    assert 0 < row["visits_nearest_to_trusted"] < 1
+    assert 0 < row["beta_trusted"] < 0.6 and row["beta_trusted"] != row["beta_noise_3.0"]
+    assert f"{row['q_error']:.3f}" in capsys.readouterr().out
+
+
+def test_returns_and_nearest_states():
+    class Play:
+        """Rewards 1, 2, 4; then the episode ends."""
+
+        obs, left = np.zeros(2), 3
+
+        def start(self, seed):
+            self.left = 3
+
+        def step(self, action):
+            self.left -= 1
+            return 2.0 ** (2 - self.left), self.left == 0, False
+
+    class Data:
+        env = observation_keys = None
+        normalizer = staticmethod(lambda obs: obs)
+
+    class Config:
+        reward_scale, reward_bias, discount = 2.0, 1.0, 0.5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analyse, "Slot", lambda *_: Play())
+        _, _, returns = analyse.play(lambda *_: np.zeros((1, 1)), None, Data, Config)
+    assert returns[:3].tolist() == [3 + 5 / 2 + 9 / 4, 5 + 9 / 2, 9] and len(returns) == 30
+    data, points = np.random.default_rng(0).normal(size=(2, 99, 3))
+    brute = np.square(points[:, None] - data).sum(-1).argmin(1)
+    np.testing.assert_array_equal(analyse.nearest(points, data), brute)
