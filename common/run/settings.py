@@ -65,6 +65,7 @@ ONLINE_FIELDS = """online_steps warmup_steps buffer_init buffer_capacity anneal 
     new_policy_freq exploration_noise eval_interval eval_episodes offline_checkpoint dataset
     dataset_path cache_dir checkpoint_minutes updates_per_call block_size wandb""".split()
 MAY_CHANGE = ("cache_dir", "dataset_path", "checkpoint_minutes", "block_size", "wandb")
+OWN_DATA = ("custom", "ogbench")  # tasks whose settings are not the authors'
 UNNAMED = ("seed", "offline_checkpoint", *MAY_CHANGE)  # in the names of folders
 
 
@@ -137,8 +138,9 @@ def divisors(number: int, factor: int) -> list[int]:
 def scale_settings(config, given) -> None:
     """Fits settings to an offline_steps that was `given` in place of the task's full_length.
 
-    Periods and lengths change in proportion, β_φ's learning rate inversely. Fields that were given
-    too stay as they are.
+    Periods and lengths change in proportion. In the paper's tasks, β_φ's learning rate changes
+    inversely, so that β_φ moves as far; elsewhere it would outrun the critics (see experiments/).
+    Fields that were given too stay as they are.
     """
     check_bounds(config)
     share = config.offline_steps / config.get("full_length", math.inf)
@@ -155,7 +157,7 @@ def scale_settings(config, given) -> None:
     if "iql_steps" in scaled:
         intervals = round(config.iql_steps * share / config.eval_interval)
         config.iql_steps = max(intervals, 1) * config.eval_interval
-    if "coefficient_lr" in scaled:
+    if "coefficient_lr" in scaled and config.task not in OWN_DATA:
         config.coefficient_lr = min(config.coefficient_lr / share, 1.0)
 
 

@@ -15,7 +15,7 @@ from common.run.records import Records, print_table
 from common.run.workdir import as_json
 
 DATA = SimpleNamespace(rewards=np.ones(4, np.float32), returns=np.full(1, 30.0), physics="stock",
-                       reference=(0.0, 100.0), score=np.asarray, source="toy",
+                       reference=(0.0, 100.0), behaviour=30.0, is_normalized=True, source="toy",
                        fingerprint="0", episode_ends=np.array([0, 0, 0, 1], bool),
                        env=SimpleNamespace(id="toy"))  # fmt: skip
 BETA = {"beta_min": 1.0, "beta_mean": 1.0, "beta_max": 1.0, "anneal": 1.0}

@@ -285,6 +285,10 @@ def test_only_what_is_not_given_is_scaled():
     both = ["--config.offline_steps=100000", "--config.online_steps=30000"]
     config = load_config("ssar_td3bc", task, both)
     assert config.online_steps % config.eval_interval == 0 and config.eval_interval == 500
+    for own in ("custom", "ogbench"):  # β_φ would outrun the critics
+        file = f"{ROOT}/configs/ssar_td3bc.py:{own}"
+        config = load_config("ssar_td3bc", file, ["--config.offline_steps=20000"])
+        assert (config.update_period, config.coefficient_lr) == (1_000, 3e-8)
     unchanged = load_config("ssar_td3bc", task, ["--config.seed=3"])
     assert unchanged.update_period == 50_000
     in_file = ssar_td3bc.get_config("hopper-medium-v2")
