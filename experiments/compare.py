@@ -50,7 +50,7 @@ def read_run(folder: Path) -> Run:
             raise ValueError("scores.csv has no rows")
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        fix = "name a run folder, or wait for its first evaluation"
+        fix = f"name a run folder, such as {folder}/0, or wait for its first evaluation"
         raise SystemExit(f"compare: {folder} has no scores ({reason}): {fix}") from None
     return Run(folder, config, data, results, seeds)
 

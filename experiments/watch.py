@@ -103,7 +103,7 @@ def watch(folder: Path, out: Path, seed: int | None = None, episodes: int = 1) -
             played = evaluate(play, actor_params)
             total, success = played.returns.item(), played.success.item()
             video.append_data(draw(slot.env))
-            score = dataset.score(total, success) if dataset.is_normalized else None
+            score = dataset.score(total, success) if dataset.unit != "return" else None
             score = "" if score is None else f", score {score:.1f}"
             print(f"episode {episode}: return {total:.2f}{score}, {slot.length} steps")
     print(f"-> {out}")

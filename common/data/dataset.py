@@ -76,8 +76,11 @@ class Dataset:
         return float(np.mean(self.score(self.returns))) if is_scored else np.nan
 
     @property
-    def is_normalized(self) -> bool:
-        return self.scored_by_success or self.reference is not None
+    def unit(self) -> str:
+        """What a score is."""
+        if self.scored_by_success:
+            return "success rate in %"
+        return "normalised score" if self.reference else "return"
 
     def score(self, episode_return, success=None):
         """Normalised score, 100 = expert; the return itself without a reference."""

@@ -6,6 +6,7 @@ python -m common.data.ogbench record cube-single --steps=300000
 import argparse
 import importlib
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -38,8 +39,8 @@ def read_ogbench(name: str, path: str | None, env: str | None) -> tuple:
         from ogbench.relabel_utils import relabel_dataset
     env_id, file = parse(name)
     spec = env_spec(env or env_id, f"ogbench:{name}")
+    fix = f"give a complete {file}" if path else "remove it, and it is downloaded again"
     path = path or download(MIRROR, "main", file, absolute(FOLDER))
-    fix = f"remove it, and it is downloaded again; or give a complete {file}"
     with explained(f"{path} is not readable as OGBench's {file}", fix):
         data = load_dataset(path, add_info=True)  # without the last state of each trajectory
         task = make_env(gymnasium.spec(env_id))
@@ -68,12 +69,14 @@ def record(env_name: str, steps: int, seed: int) -> dict:
     A scripted oracle with noise moves cubes, presses buttons or walks a point to random goals, one
     after the other. Raises InputError for an environment that has none.
     """
-    is_maze, rng, rows = "pointmaze" in env_name, np.random.default_rng(seed), {}
+    if not re.match("pointmaze-|cube-|puzzle-", env_name):
+        fix = "choose a pointmaze, a cube or a puzzle, such as cube-single"
+        raise InputError(f"there is no oracle for {env_name}: {fix}")
+    is_maze, rng, rows = env_name.startswith("pointmaze"), np.random.default_rng(seed), {}
     np.random.seed(seed)  # the package draws from it
     options = {"terminate_at_goal": False, "max_episode_steps": 1001}
     options |= {} if is_maze else {"mode": "data_collection"}
-    fix = f"{INSTALL}; choose a pointmaze, a cube or a puzzle, such as cube-single"
-    with explained(f"cannot record {env_name}", fix):
+    with explained(f"cannot record {env_name}", INSTALL):
         importlib.import_module("ogbench")
         env = gymnasium.make(f"{env_name}-v0", **options)
         for trajectory in trange(-(-steps // 1000), desc=f"recording {env_name}"):
@@ -130,19 +133,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["record"])
     parser.add_argument("env", help="such as cube-single, puzzle-3x3 or pointmaze-medium")
-    parser.add_argument("--steps", type=int, default=300_000, help="transitions (300000)")
+    parser.add_argument(
+        "--steps", type=int, default=300_000, help="how many, in trajectories of 1,000 (300000)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="the file to write, by default recorded/<env>.npz")
     args = parser.parse_args()
-    path = Path(args.out or f"recorded/{args.env}.npz").absolute()
+    path = Path(args.out or f"recorded/{args.env}").absolute().with_suffix(".npz")
     try:
+        if path.exists():
+            raise InputError(f"{path} exists: remove it, or give another file with --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **record(args.env, args.steps, args.seed))
     except (InputError, OSError) as error:
         sys.exit(f"ogbench: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ogbench: stopped, and nothing was written")
     kind = "navigate" if "maze" in args.env else "play"
-    task = f"ogbench:{args.env}-{kind}-singletask-v0"
-    print(f"--config.dataset={task} --config.dataset_path={path} trains on this recording")
+    print(f"-> {path}\nTo train on it:")
+    print("python ssar_td3bc.py --config=configs/ssar_td3bc.py:ogbench", end=" ")
+    print(f"--config.dataset=ogbench:{args.env}-{kind}-singletask-v0", end=" ")
+    print(f"--config.dataset_path={shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def _parse(name):
     fields = source.partition("ConfigDict()\n")[2].partition("    return c\n")[0]
     fields = re.sub(r"c\.(\w+) = (config_dict\.placeholder\(\w+\))?", r"--config.\1=", fields)
     tasks = ", ".join(module.get("TASKS", ()))
-    parser.epilog = f"tasks: {tasks}\nfields, for task custom:\n{fields}"
+    parser.epilog = f"tasks: {tasks}\nfields, with values that a task may change:\n{fields}"
     add = parser.add_argument
     add("--config", metavar="FILE:TASK", help=f"settings, such as configs/{name}.py:<task>")
     add("--workdir", help=f"run folder, by default runs/{name}/<task and settings>/<seed>")
@@ -165,9 +165,9 @@ def load_config(name: str, file: str | None, settings: list[str]):
 def _read(config, field, text):
     """The value of a field from the command line."""
     if field == "task" or field not in config:
-        near = difflib.get_close_matches(field, list(config), 2) or ["--help"]
-        near = " or ".join(near) if field != "task" else "--config=<file>:<task>"
-        raise InputError(f"no field '{field}': did you mean {near}?")
+        near = " or ".join(difflib.get_close_matches(field, list(config), 2))
+        near = "--config=<file>:<task>" if field == "task" else near
+        raise InputError(f"no field '{field}': {f'did you mean {near}?' if near else 'see --help'}")
     kind = config.get_type(field)
     if kind is str:
         return text
@@ -177,7 +177,8 @@ def _read(config, field, text):
             raise ValueError
         return kind(given)
     except (ValueError, SyntaxError, TypeError, OverflowError):
-        raise InputError(f"--config.{field}={text} must be of type {kind.__name__}") from None
+        form = f"{kind.__name__}{', such as (256,256)' if kind is tuple else ''}"
+        raise InputError(f"--config.{field}={text} must be of type {form}") from None
 
 
 def _load(path, *task):
@@ -185,6 +186,10 @@ def _load(path, *task):
     what, fix = f"the settings {':'.join([path, *task])} cannot be loaded", "fix or replace them"
     with explained(what, fix):
         module = runpy.run_path(path)
+        tasks = module.get("TASKS", task)
+        if task and task[0] not in tasks:
+            near = " or ".join(difflib.get_close_matches(task[0], tasks, 2) or tasks)
+            raise InputError(f"unknown task '{task[0]}' of {path}: did you mean {near}?")
         return module, ml_collections.ConfigDict(module["get_config"](*task))
 
 

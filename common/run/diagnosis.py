@@ -19,7 +19,7 @@ def check_trusted(trusted, dataset, config) -> None:
         "success": "give rewards of two values, for success and failure",
         "iql": "lower --config.expectile or raise --config.iql_steps",
     }
-    fix = fix.get(config.selection, "lower --config.return_threshold, or leave it out")
+    fix = fix.get(config.selection, "lower --config.return_threshold, or take task custom")
     tqdm.write(f"D̂ holds {trusted.mean():.1%} of the transitions")
     is_dense = config.selection == "success" and len(np.unique(dataset.rewards)) != 2
     if is_dense or not trusted.any(axis=1).all():

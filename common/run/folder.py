@@ -69,8 +69,9 @@ class Run:
             plan = {"label the trusted rows, for selection=iql": iql, "train offline": offline}
             plan |= {"fine-tune online": config.online_steps}
             parts = [f"{what} ({n:,} steps)" for what, n in plan.items() if n]
-            print(f"begins {workdir}: {', then '.join(parts)}")
-            print("compiling, 10 to 40 s on a CPU unless these programs are known", flush=True)
+            often = f"; an evaluation every {config.eval_interval:,} steps"
+            print(f"begins {workdir}: {', then '.join(parts)}{often}")
+            print("compiling: 10 to 40 s on a CPU, less if cached", flush=True)
         os.makedirs(self._unfinished, exist_ok=True)
         self._records = Records(workdir, config, dataset)
         self._held.callback(self._records.close)

@@ -33,7 +33,8 @@ def plot_run(path: str, records, results: dict, config) -> None:
         for axis, draw in zip(figure.subplots(*shape, squeeze=False).flat, panels, strict=False):
             draw(axis)
             axis.legend(loc="best")
-            axis.set_xlabel("thousands of updates" + ", then steps" * bool(config.online_steps))
+            parts = ["updates"] * bool(switch) + ["environment steps"] * bool(config.online_steps)
+            axis.set_xlabel("thousands of " + ", then ".join(parts))
             axis.set_xlim(0, max(x[-1], 0.001) * 1.01)
             axis.axvspan(switch, max(switch, x[-1]), color=BLUE, alpha=0.06, lw=0, zorder=0)
         figure.savefig(path, dpi=160)
@@ -53,7 +54,7 @@ def _score(axis, x, column, episodes, switch, results):
     _curves(axis, x, column("score"), BLUE, f"policy, {column('episodes')[0, 0]:.0f} episodes")
     if results["behaviour"][0] is not None:
         axis.axhline(results["behaviour"][0], color=GREY, ls="--", lw=1, label="behaviour")
-    axis.set_title("normalised score" if results["normalized"] else "return")
+    axis.set_title(results["unit"])
 
 
 def _coefficient(axis, x, column, config):

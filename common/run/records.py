@@ -81,7 +81,7 @@ class Records:
     def _tags(self, row):
         """An evaluation or an episode under the names that the authors' code logs."""
         phase, kind = row.get("phase", "online"), "eval" if "phase" in row else "episode"
-        score = f"normalized_{kind}_score" if self.dataset.is_normalized else f"{kind}_return"
+        score = f"normalized_{kind}_score" if self.dataset.unit != "return" else f"{kind}_return"
         tags, online = {f"{phase}_{score}": row["score"]}, phase == "online"
         if kind == "episode":
             tags |= {f"episode_{key}": row[key] for key in ("return", "length")}
@@ -122,7 +122,8 @@ class Records:
         if self.wandb:
             self.wandb.summary.update(columns)
         return columns | {
-            "normalized": data.is_normalized,
+            "unit": data.unit,
+            "normalized": data.unit != "return",
             "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "data": {
@@ -146,14 +147,14 @@ class Records:
 
 def print_table(results: dict) -> None:
     """The scores of every seed, their mean, and which of them end below the data's own."""
-    names = [name for name in SHOWN if name in results]
+    is_known = lambda name: name != "behaviour" or None not in results[name]
+    names = [name for name in SHOWN if name in results and is_known(name)]
     table = np.array([results[name] for name in names], float).T
-    unit = "normalised score" if results["normalized"] else "return"
-    print(f"{unit:>16}  " + "".join(f"{name:>14}" for name in names))
+    print(f"{results['unit']:>17} " + "".join(f"{name:>14}" for name in names))
     labels = [f"seed {seed}" for seed in results["seeds"]] + ["mean"]
     for label, row in zip(labels, [*table, table.mean(axis=0)], strict=True):
         print(f"{label:>16}  " + "".join(f"{x:14.3f}" for x in row))
-    last, own = (table[:, names.index(name)] for name in ("last", "behaviour"))
+    last, own = (np.array(results[name], float) for name in ("last", "behaviour"))
     for label, score, data in zip(labels, last, own, strict=False):  # the seeds, not their mean
         if score < data:
             print(f"{label}'s last score, {score:.3f}, is below the data's own, {data:.3f}")

@@ -49,9 +49,10 @@ RULES = (
      "leaves nothing to do: give the number of environment steps"),
     ("offline_steps", lambda x, c: x or c.online_steps,
      "leaves nothing to do: give it or --config.online_steps"),
-    ("buffer_init", lambda x, c: c.dataset or c.dataset_path or not c.offline_steps and x == "none",
-     "needs data: give --config.dataset=<Minari id> or d4rl:<file>; only offline_steps=0 with "
-     "buffer_init=none goes without"),
+    ("task", lambda x, c: c.dataset or c.dataset_path
+     or not c.offline_steps and c.buffer_init == "none",
+     "needs data: give --config.dataset=<Minari id>, d4rl:<file> or ogbench:<task>; only "
+     "offline_steps=0 with buffer_init=none goes without"),
 )  # fmt: skip
 MULTIPLES = (
     ("updates_per_call", "policy_freq"),

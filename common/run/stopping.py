@@ -41,4 +41,7 @@ def _ask_to_stop(number, _):
         if signal.getsignal(caught) is _ask_to_stop:
             signal.signal(caught, signal.SIG_DFL)
     name = signal.Signals(number).name
-    print(f"\n{name}: saves after this call; a second signal stops at once", file=sys.stderr)
+    print(
+        f"\n{name}: finishes the current step, then saves; a second signal stops at once",
+        file=sys.stderr,
+    )

@@ -26,7 +26,9 @@ def test_the_first_signal_sets_a_flag(number, status, capsys):
     stopping.stop_if_told()
     os.kill(os.getpid(), number)
     assert stopping.received == [number]
-    assert f"{number.name}: saves after this call; a second signal" in capsys.readouterr().err
+    assert (
+        f"{number.name}: finishes the current step, then saves; a second" in capsys.readouterr().err
+    )
     with pytest.raises(Stopped, match=number.name) as error:
         stopping.stop_if_told()
     assert error.value.status == status

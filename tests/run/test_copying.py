@@ -49,7 +49,7 @@ def python(folder, code):
 
 def test_update_step_trains_on_arrays(folder):
     assert len([line for line in SNIPPETS[0].splitlines() if line]) <= 20
-    code = SNIPPETS[0].replace("20_000", "10") + "print(state.step, metrics['actor_loss'])"
+    code = SNIPPETS[0].replace("20_001", "11") + "print(state.step, metrics['actor_loss'])"
     step, loss = python(folder, code).split()
     assert step == "10" and np.isfinite(float(loss))
 

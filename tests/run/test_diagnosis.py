@@ -15,7 +15,7 @@ from common.run.records import Records, print_table
 from common.run.workdir import as_json
 
 DATA = SimpleNamespace(rewards=np.ones(4, np.float32), returns=np.full(1, 30.0), physics="stock",
-                       reference=(0.0, 100.0), behaviour=30.0, is_normalized=True, source="toy",
+                       reference=(0.0, 100.0), behaviour=30.0, source="toy", unit="score",
                        fingerprint="0", episode_ends=np.array([0, 0, 0, 1], bool),
                        env=SimpleNamespace(id="toy"))  # fmt: skip
 BETA = {"beta_min": 1.0, "beta_mean": 1.0, "beta_max": 1.0, "anneal": 1.0}
@@ -159,9 +159,9 @@ def test_an_empty_sub_dataset_is_refused():
     check_trusted(np.zeros((2, 0), bool), DATA, frozen())  # no data
     none[0] = True  # the second seed still trusts nothing
     for selection, words in (
-        ("return", "lower --config.return_threshold, or leave it out, or choose another"),
+        ("return", "lower --config.return_threshold, or take task custom, or choose"),
         ("success", "give rewards of two values, for success and failure, or choose"),
-        ("auto", "lower --config.return_threshold, or leave it out, or choose another"),
+        ("auto", "lower --config.return_threshold, or take task custom, or choose"),
         ("iql", "lower --config.expectile or raise --config.iql_steps, or choose another"),
     ):
         with pytest.raises(InputError, match=f"={selection} finds no D̂ in toy: {words}"):

@@ -348,7 +348,10 @@ run.log(1, {"x": slow(jnp.ones((300, 300)))})
     command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGINT
-    assert "SIGINT: saves after this call" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "SIGINT: finishes the current step, then saves" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert time.perf_counter() - began < 30
 
 

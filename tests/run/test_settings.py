@@ -160,7 +160,7 @@ def test_impossible_settings_are_named(field, value, words):
 def test_settings_that_depend_on_others():
     check_settings(tiny_config(coefficient="fixed", return_threshold=None))
     alone = {"offline_steps": 0, "online_steps": 40, "coefficient": "fixed"}
-    with pytest.raises(InputError, match="buffer_init=half needs data: give --config.dataset="):
+    with pytest.raises(InputError, match="task=toy needs data: give --config.dataset="):
         check_settings(tiny_config(dataset="", buffer_init="half", **alone))
     check_settings(tiny_config(dataset="", buffer_init="none", eval_interval=5, **alone))
     with pytest.raises(InputError, match="warmup_steps=40 leaves no update in --config.online_st"):
