@@ -25,16 +25,16 @@ mean of π(s), the smaller of its two sides.
         targets: 0.005 new + 0.995 old
     online, after every environment step with a ~ π(s):
         store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline and
-        online transitions. φ and n are frozen, and β_φ is
-        multiplied by a factor that falls from 1 to 0 in N_end updates
+        online transitions. φ and n are frozen, and β_φ is multiplied by a factor that falls from
+        1 to 0 in N_end updates
 
     symbol  config field         authors' name  paper     meaning
-    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: β_init, CQL
+    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain CQL
     β_init  coefficient_init     cql_alpha                β_φ starts near it, < 1.5 β_init
     n       n_start, n_end       n_away         Eq. 6     C_n(s): log-density n σ from the mean
     T_inc   update_period        update_period  Sec. 3.2  updates between two tests of n
     D̂       selection            trusts         Eq. 9     auto | none | return | success | iql
-    G_T     return_threshold     ref_return               return, of scaled and shifted rewards
+    G_T     return_threshold     ref_return               for returns of scaled and shifted rewards
     m_β     select_actions       select_actions Eq. 9     1[D̂] if set, else 1: what shapes β_φ, n
     m_Q     loosen_bound         loosen_bound             1[D̂] if set, else 1: what is regularised
             expectile            iql_tau                  IQL's expectile, for selection = iql
@@ -768,7 +768,7 @@ def select_trusted(rewards, ends, label, config):
 
     rewards: float [N], scaled and shifted. ends: bool [N], the last row of each episode.
     """
-    is_unused = not config.offline_steps and config.buffer_init == "none"  # all of the data
+    is_unused = not config.offline_steps and config.buffer_init == "none"  # no row is ever used
     by_rewards = "success" if len(np.unique(rewards)) == 2 else "return"  # two values: sparse
     selection = by_rewards if config.selection == "auto" else config.selection
     if config.coefficient == "fixed" or selection == "none" or is_unused:
@@ -923,7 +923,7 @@ def main(config, workdir=None, resume=True):
     # --- the data, and for each seed its state and the transitions that it trusts ---
     data = make_transitions(dataset, config)
     sizes = {"obs_dim": data.obs.shape[1], "action_dim": data.action.shape[1]}
-    init = partial(jax.lax.map, partial(init_state, **sizes, config=config))  # as if alone
+    init = partial(jax.lax.map, partial(init_state, **sizes, config=config))  # each as if alone
     data = seeds.share(data)
     if config.offline_checkpoint:
         state, trusted = load_offline(config, dataset, like=jax.eval_shape(init, keys))

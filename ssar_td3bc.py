@@ -5,7 +5,7 @@ weight per state: the coefficient β_φ(s), a network that is trained like a Lag
 falls where the data's action is likely enough under the actor, log π(a|s) > C_n(s), and rises
 where it is not. Only the trusted part D̂ of the data D shapes it.
 
-The margin is log π(a|s) - C_n(s), with C_n(s) the log-density n standard deviations from the mean.
+The margin is log π(a|s) - C_n(s), with C_n(s) the log-density n standard deviations from π(s).
 For a Gaussian of width σ around π(s) it is ((σn)² - (π(s) - a)²) / (2σ²) in each dimension. The
 code drops 1/(2σ²), averages over dimensions, and caps the square at 1 (for σ = 0.1, at C_10(s)).
 
@@ -27,13 +27,13 @@ code drops 1/(2σ²), averages over dimensions, and caps the square at 1 (for σ
         multiplied by a factor that falls from 1 to 0 in N_end updates
 
     symbol  config field         authors' name  paper     meaning
-    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: β_init, TD3+BC
+    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain TD3+BC
     β_init  coefficient_init     1 / alpha                β_φ starts near it, < 1.5 β_init
     n       n_start, n_end       n_away         Eq. 6     C_n(s): log-density n σ from the mean
     T_inc   update_period        update_period  Sec. 3.2  updates between two tests of n
     σ       expl_noise           expl_noise     Eq. 6     of the margin; not exploration_noise
     D̂       selection            trusts         Eq. 9     auto | none | return | success | iql
-    G_T     return_threshold     ref_return               return, of scaled and shifted rewards
+    G_T     return_threshold     ref_return               for returns of scaled and shifted rewards
     m_β     select_actions       select_actions Eq. 9     1[D̂] if set, else 1: what shapes β_φ, n
     m_π     loosen_bound         loosen_bound             1[D̂] if set, else 1: what is cloned
             expectile            iql_tau                  IQL's expectile, for selection = iql
@@ -571,7 +571,7 @@ def select_trusted(rewards, ends, label, config):
 
     rewards: float [N], scaled and shifted. ends: bool [N], the last row of each episode.
     """
-    is_unused = not config.offline_steps and config.buffer_init == "none"  # all of the data
+    is_unused = not config.offline_steps and config.buffer_init == "none"  # no row is ever used
     by_rewards = "success" if len(np.unique(rewards)) == 2 else "return"  # two values: sparse
     selection = by_rewards if config.selection == "auto" else config.selection
     if config.coefficient == "fixed" or selection == "none" or is_unused:
@@ -729,7 +729,7 @@ def main(config, workdir=None, resume=True):
     # --- the data, and for each seed its state and the transitions that it trusts ---
     data = make_transitions(dataset, config)
     sizes = {"obs_dim": data.obs.shape[1], "action_dim": data.action.shape[1]}
-    init = partial(jax.lax.map, partial(init_state, **sizes, config=config))  # as if alone
+    init = partial(jax.lax.map, partial(init_state, **sizes, config=config))  # each as if alone
     data = seeds.share(data)
     if config.offline_checkpoint:
         state, trusted = load_offline(config, dataset, like=jax.eval_shape(init, keys))

@@ -42,6 +42,7 @@ class Evaluator:
 
     def __call__(self, act, actor_params) -> Episodes:
         """Plays act(actor_params, [S, E, O]) -> [S, E, A] until every slot has had one episode."""
+        global_state = np.random.get_state()  # of online training, from which OGBench's mazes draw
         for slot, seed in zip(self.slots, self.seeds, strict=True):
             slot.start(seed)
         running = range(len(self.slots))
@@ -51,6 +52,7 @@ class Evaluator:
             actions = np.asarray(act(actor_params, batch.reshape(*self.shape, -1)))
             actions = actions.reshape(len(self.slots), -1)
             running = [i for i in running if not any(self.slots[i].step(actions[i])[1:])]
+        np.random.set_state(global_state)
         found = zip(*((slot.total, slot.length, slot.success) for slot in self.slots), strict=True)
         return Episodes(*(np.reshape(column, self.shape) for column in found))
 

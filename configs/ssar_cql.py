@@ -27,7 +27,7 @@ ANTMAZE = {
     "antmaze-large-play-v2": (5.0, 5.0),
     "antmaze-large-diverse-v2": (5.0, 5.0),
 }
-# custom: your own data, with the paper's sizes; ogbench: its tasks, with the sizes used for them
+# custom: your own data, with the paper's sizes; ogbench: OGBench's tasks, with OGBench's sizes
 TASKS = ("demo", "demo-sparse", "custom", "ogbench", *MUJOCO, *ANTMAZE)
 
 

@@ -33,7 +33,7 @@ NEW_POLICY_FREQ = {
     "antmaze-large-play-v2": 100,
     "antmaze-large-diverse-v2": 100,
 }
-# custom: your own data, with the paper's sizes; ogbench: its tasks, with the sizes used for them
+# custom: your own data, with the paper's sizes; ogbench: OGBench's tasks, with OGBench's sizes
 TASKS = ("demo", "demo-sparse", "custom", "ogbench", *MUJOCO, *ANTMAZE)
 
 

@@ -7,7 +7,7 @@ For each run and seed it plays ten episodes and prints: the share of D̂ that go
 (precision) and the share of their transitions that D̂ holds (recall), if the file names the policy
 of each transition in infos/policy_id; the share of visited states whose nearest state of the data
 lies in D̂; β_φ in D̂, in the rest of the data, on data with noise, and where the policy goes; and how
-β_φ there goes with the error of Q_1. --out draws data, D̂ and visited states in two dimensions.
+β_φ there correlates with the error of Q_1. --out draws data, D̂ and visited states in the plane.
 """
 
 import argparse
@@ -56,21 +56,27 @@ def known_quality(path, dataset):
     return of_row > of_row.mean() if len(mean) > 1 else None
 
 
-def play(act, params, dataset, config):
-    """States and actions that the policy visits, and its discounted return from each: [T, ...]."""
+def play(act, params, value, dataset, config):
+    """States and actions that the policy visits, and its discounted return from each: [T, ...].
+
+    value(state, action): what follows where time ends an episode, Q_1.
+    """
     states, actions, returns = [], [], []
     slot = Slot(dataset.env, dataset.observation_keys)
+    choose = lambda state: np.asarray(act(params, state[None]))[0]
     for episode in range(EPISODES):
         slot.start(episode)
         rewards, ended = [], False
         while not ended:
             states.append(dataset.normalizer(slot.obs))
-            actions.append(np.asarray(act(params, states[-1][None]))[0])
-            reward, *ends = slot.step(actions[-1])
+            actions.append(choose(states[-1]))
+            reward, terminated, truncated = slot.step(actions[-1])
             rewards.append(config.reward_scale * reward + config.reward_bias)
-            ended = any(ends)
-        for t in range(len(rewards) - 2, -1, -1):
-            rewards[t] += config.discount * rewards[t + 1]
+            ended = terminated or truncated
+        last = dataset.normalizer(slot.obs)
+        total = 0.0 if terminated else value(last, choose(last))
+        for t in reversed(range(len(rewards))):
+            total = rewards[t] = rewards[t] + config.discount * total
         returns += rewards
     return np.array(states), np.array(actions), np.array(returns)
 
@@ -91,8 +97,8 @@ def load_run(folder: Path):
     name = json.loads((folder / "results.json").read_text())["algorithm"]
     settings = importlib.import_module(f"configs.{name}").get_config().to_dict() | settings
     dataset = load_dataset(SimpleNamespace(**settings))
-    if dataset.fingerprint != saved["fingerprint"]:
-        raise InputError(f"{folder} was trained on other data than {dataset.source}")
+    if dataset.fingerprint != saved["fingerprint"] or not len(dataset.rewards):
+        raise InputError(f"{folder} was trained on other data than {dataset.source}, or on none")
     config = ml_collections.FrozenConfigDict(settings)
     return importlib.import_module(name), config, dataset, saved
 
@@ -107,7 +113,10 @@ def analyse(module, config, dataset, saved, i: int):
         row |= {"good": good.mean(), "precision": good[trusted].mean()}
         row["recall"] = trusted[good].mean()
 
-    states, actions, returns = play(jax.jit(module.act), state["actor"], dataset, config)
+    q1 = lambda *row: np.asarray(module.critics(state["critic"], *row))[0]
+    value = lambda *row: q1(*(x[None] for x in row)).item()
+    act = jax.jit(module.act)
+    states, actions, returns = play(act, state["actor"], value, dataset, config)
     rng = np.random.default_rng(0)
     sample = rng.choice(len(trusted), min(SAMPLE, len(trusted)), replace=False)
     near, obs = trusted[sample], dataset.observations[sample]
@@ -120,7 +129,7 @@ def analyse(module, config, dataset, saved, i: int):
             noise = scale * obs.std(axis=0) * rng.standard_normal(obs.shape)
             row[f"beta_noise_{scale}"] = beta((obs + noise).astype(np.float32)).mean()
         row["beta_visited"] = beta(states).mean()
-        error = np.asarray(module.critics(state["critic"], states, actions))[0] - returns
+        error = q1(states, actions) - returns
         pairs = ranks(beta(states)), ranks(np.abs(error))
         row |= {"q_error": error.mean(), "beta_error_rank_correlation": np.corrcoef(*pairs)[0, 1]}
     row = {key: x if isinstance(x, int) else float(x) for key, x in row.items()}

@@ -42,7 +42,8 @@ def read_run(folder: Path) -> Run:
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
         data = [config["dataset"] or config["dataset_path"], config["env"], config["physics"]]
-        data = ", ".join(str(x) for x in (*data, config.get("max_episode_steps")) if x)
+        data += [config.get("max_episode_steps"), config.get("reference")]
+        data = ", ".join(str(x) for x in data if x)
         results = dict(json.loads(path.read_text())) if path.exists() else {}
         rows = np.genfromtxt(folder / "scores.csv", dtype=None, encoding="utf-8", **layout)
         seeds = {int(seed): rows[rows["seed"] == seed] for seed in np.unique(rows["seed"])}

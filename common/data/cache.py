@@ -1,11 +1,14 @@
 """IQL's labels, which take as long as a run, are kept for the next one."""
 
 import contextlib
+import io
 import os
+import sys
 
 import numpy as np
 
 from common.data.dataset import fingerprint
+from common.run.workdir import write_file
 
 # Besides the data, what the labels depend on.
 FIELDS = ("seed", "num_seeds", "expectile", "iql_steps", "batch_size", "discount")
@@ -23,9 +26,12 @@ def cached_labels(make, data, config) -> np.ndarray:
     # Missing or broken: NumPy and zipfile raise many kinds.
     with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
         return file["trusted"]
-    labels, new = make(), f"{path}.{os.getpid()}.npz"
-    with contextlib.suppress(OSError):  # without them, the next run trains IQL again
+    labels = make()
+    np.savez(content := io.BytesIO(), trusted=labels)  # with checksums
+    try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        np.savez(new, trusted=labels)  # with checksums
-        os.replace(new, path)
+        write_file(path, content.getvalue())
+    except OSError as error:
+        what = f"{path} cannot be kept ({error.strerror}): set --config.cache_dir"
+        print(f"warning: {what}", file=sys.stderr, flush=True)
     return labels

@@ -71,13 +71,13 @@ class Dataset:
 
     @property
     def behaviour(self) -> float:
-        """The mean score of the data's own episodes; NaN without any, and if they are play."""
+        """The mean score of the data's own episodes; NaN without episodes, and for play data."""
         is_scored = len(self.rewards) and not self.scored_by_success
         return float(np.mean(self.score(self.returns))) if is_scored else np.nan
 
     @property
     def unit(self) -> str:
-        """What a score is."""
+        """The unit of a score."""
         if self.scored_by_success:
             return "success rate in %"
         return "normalised score" if self.reference else "return"

@@ -11,7 +11,7 @@ from common.envs.d4rl_physics import d4rl_physics, is_known
 from common.envs.make import env_spec, try_env
 from common.run.errors import InputError
 
-OGBENCH = "ogbench:"  # names of its tasks begin with this
+OGBENCH = "ogbench:"  # the prefix of OGBench's tasks
 
 
 def load_dataset(config) -> Dataset:

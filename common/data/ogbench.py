@@ -5,6 +5,7 @@ python -m common.data.ogbench record cube-single --steps=300000
 
 import argparse
 import importlib
+import io
 import re
 import shlex
 import sys
@@ -19,18 +20,18 @@ from common.data.d4rl import download
 from common.data.hdf5 import read_columns
 from common.envs.make import env_spec, make_env
 from common.run.errors import InputError, explained
-from common.run.workdir import absolute
+from common.run.workdir import absolute, write_file
 
 FOLDER = "~/.ogbench/data"  # the package's own
 MIRROR = "zhouzypaul/ogbench_datasets"
-NAME = re.compile(r"(?P<env>[\w-]+)-(?P<kind>[a-z]+)-singletask(?P<task>-task[1-5])?-v0")
+NAME = re.compile(r"([\w-]+)-([a-z]+)-singletask(-task[1-5])?-v0")  # environment, kind, task
 INSTALL = "pip install ogbench"
 # The package's spaces are float64 and its environments look for a screen: each warns many times.
 warnings.filterwarnings("ignore", ".*(precision lowered|DISPLAY)")
 
 
 def read_ogbench(name: str, path: str | None, env: str | None) -> tuple:
-    """What common.data.load reads, of <environment>-<kind>-singletask[-task<1 to 5>]-v0.
+    """Reads <environment>-<kind>-singletask[-task<1 to 5>]-v0; returns what load._read returns.
 
     path: the file, by default OGBench's own, downloaded if it is missing. Raises InputError.
     """
@@ -40,58 +41,58 @@ def read_ogbench(name: str, path: str | None, env: str | None) -> tuple:
     env_id, file = parse(name)
     spec = env_spec(env or env_id, f"ogbench:{name}")
     fix = f"give a complete {file}" if path else "remove it, and it is downloaded again"
-    path = path or download(MIRROR, "main", file, absolute(FOLDER))
+    path = path or download(MIRROR, "main", file, absolute(FOLDER, "OGBench's folder"))
     with explained(f"{path} is not readable as OGBench's {file}", fix):
         data = load_dataset(path, add_info=True)  # without the last state of each trajectory
         task = make_env(gymnasium.spec(env_id))
         relabel_dataset(env_id, task, data)
         task.close()
-    # A trajectory continues after a success, and its end is no end of the task.
+    # A trajectory continues after a success, and its end is a time-out.
     data |= {"timeouts": data["terminals"], "terminals": 1 - data["masks"]}
     return path, None, (spec, None, read_columns(path, data))
 
 
 def parse(name: str) -> tuple[str, str]:
-    """The environment and the file of a task. Raises InputError for a name of another form."""
-    found = NAME.fullmatch(name)
-    if not found:
-        fix = "give a name such as ogbench:cube-single-play-singletask-task2-v0"
-        raise InputError(f"ogbench:{name} is not a single task: {fix}")
-    return (
-        f"{found['env']}-singletask{found['task'] or ''}-v0",
-        f"{found['env']}-{found['kind']}-v0.npz",
-    )
+    """The environment and the file of a task. Raises InputError for what is not a task."""
+    if found := NAME.fullmatch(name):
+        env, kind, task = found.groups(default="")
+        if (env_id := f"{env}-singletask{task}-v0") in gymnasium.registry:
+            return env_id, f"{env}-{kind}-v0.npz"
+    fix = "give a name such as ogbench:cube-single-play-singletask-task2-v0"
+    raise InputError(f"ogbench:{name} is not one of OGBench's single tasks: {fix}")
 
 
 def record(env_name: str, steps: int, seed: int) -> dict:
-    """Play data in OGBench's layout, `steps` transitions in trajectories of 1,000: arrays by key.
+    """Play data in OGBench's layout, trajectories of 1,000 transitions: arrays by key.
 
     A scripted oracle with noise moves cubes, presses buttons or walks a point to random goals, one
-    after the other. Raises InputError for an environment that has none.
+    after the other. steps: transitions, rounded up to whole trajectories. Raises InputError for an
+    environment that has no oracle.
     """
-    if not re.match("pointmaze-|cube-|puzzle-", env_name):
+    with explained("recording needs the package ogbench", INSTALL):
+        importlib.import_module("ogbench")
+    has_oracle = re.match("pointmaze-|cube-|puzzle-", env_name)
+    if not has_oracle or f"{env_name}-v0" not in gymnasium.registry:
         fix = "choose a pointmaze, a cube or a puzzle, such as cube-single"
         raise InputError(f"there is no oracle for {env_name}: {fix}")
     is_maze, rng, rows = env_name.startswith("pointmaze"), np.random.default_rng(seed), {}
     np.random.seed(seed)  # the package draws from it
     options = {"terminate_at_goal": False, "max_episode_steps": 1001}
     options |= {} if is_maze else {"mode": "data_collection"}
-    with explained(f"cannot record {env_name}", INSTALL):
-        importlib.import_module("ogbench")
-        env = gymnasium.make(f"{env_name}-v0", **options)
-        for trajectory in trange(-(-steps // 1000), desc=f"recording {env_name}"):
-            (obs, info), ended = env.reset(seed=seed + trajectory), False
-            choose = (walker if is_maze else planner)(env.unwrapped, rng)
-            while not ended:
-                action = np.clip(choose(obs, info), -1, 1).astype(np.float32)
-                row = {"observations": obs, "actions": action}
-                obs, _, _, ended, info = env.step(action)
-                row |= {"terminals": ended, "qpos": info["prev_qpos"], "qvel": info["prev_qvel"]}
-                if "prev_button_states" in info:
-                    row["button_states"] = info["prev_button_states"]
-                for key, value in row.items():
-                    rows.setdefault(key, []).append(value)
-        env.close()
+    env = gymnasium.make(f"{env_name}-v0", **options)
+    for _ in trange(-(-steps // 1000), desc=f"recording {env_name}", unit="trajectory"):
+        (obs, info), ended = env.reset(seed=int(rng.integers(2**31))), False
+        choose = (walker if is_maze else planner)(env.unwrapped, rng)
+        while not ended:
+            action = np.clip(choose(obs, info), -1, 1).astype(np.float32)
+            row = {"observations": obs, "actions": action}
+            obs, _, _, ended, info = env.step(action)
+            row |= {"terminals": ended, "qpos": info["prev_qpos"], "qvel": info["prev_qvel"]}
+            if "prev_button_states" in info:
+                row["button_states"] = info["prev_button_states"]
+            for key, value in row.items():
+                rows.setdefault(key, []).append(value)
+    env.close()
     kinds = {"terminals": bool, "button_states": np.int64}
     return {key: np.array(x, kinds.get(key, np.float32)) for key, x in rows.items()}
 
@@ -133,22 +134,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["record"])
     parser.add_argument("env", help="such as cube-single, puzzle-3x3 or pointmaze-medium")
-    parser.add_argument(
-        "--steps", type=int, default=300_000, help="how many, in trajectories of 1,000 (300000)"
-    )
+    parser.add_argument("--steps", type=int, default=300_000, help="transitions (300000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="the file to write, by default recorded/<env>.npz")
+    parser.add_argument("--out", help="the .npz file to write, by default recorded/<env>.npz")
     args = parser.parse_args()
-    path = Path(args.out or f"recorded/{args.env}").absolute().with_suffix(".npz")
+    if args.steps < 1 or not 0 <= args.seed < 2**32:
+        parser.error("--steps must be at least 1, and --seed from 0 to 4294967295")
+    path = Path((args.out or f"recorded/{args.env}").removesuffix(".npz") + ".npz").absolute()
     try:
         if path.exists():
             raise InputError(f"{path} exists: remove it, or give another file with --out")
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **record(args.env, args.steps, args.seed))
+        np.savez_compressed(content := io.BytesIO(), **record(args.env, args.steps, args.seed))
+        write_file(str(path), content.getvalue())
     except (InputError, OSError) as error:
         sys.exit(f"ogbench: {error}")
     except KeyboardInterrupt:
-        sys.exit("ogbench: stopped, and nothing was written")
+        sys.exit("ogbench: stopped, and nothing was recorded")
     kind = "navigate" if "maze" in args.env else "play"
     print(f"-> {path}\nTo train on it:")
     print("python ssar_td3bc.py --config=configs/ssar_td3bc.py:ogbench", end=" ")

@@ -16,7 +16,7 @@ from common.run.errors import Diverged, InputError, brief, explained
 ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
 TRIAL = 10_000  # steps in which an environment without a time limit has to end
 # Modules whose environments are found by their id alone.
-KNOWN_MODULES = (f"{__package__}.antmaze", "gymnasium_robotics", "common.data.demo")
+KNOWN_MODULES = (f"{__package__}.antmaze", "gymnasium_robotics", "ogbench", "common.data.demo")
 
 
 def env_spec(env: str | None, source: str) -> EnvSpec:

@@ -116,7 +116,7 @@ def _parse(name):
     fields = source.partition("ConfigDict()\n")[2].partition("    return c\n")[0]
     fields = re.sub(r"c\.(\w+) = (config_dict\.placeholder\(\w+\))?", r"--config.\1=", fields)
     tasks = ", ".join(module.get("TASKS", ()))
-    parser.epilog = f"tasks: {tasks}\nfields, with values that a task may change:\n{fields}"
+    parser.epilog = f"tasks: {tasks}\nfields and defaults; tasks change some:\n{fields}"
     add = parser.add_argument
     add("--config", metavar="FILE:TASK", help=f"settings, such as configs/{name}.py:<task>")
     add("--workdir", help=f"run folder, by default runs/{name}/<task and settings>/<seed>")
@@ -177,7 +177,7 @@ def _read(config, field, text):
             raise ValueError
         return kind(given)
     except (ValueError, SyntaxError, TypeError, OverflowError):
-        form = f"{kind.__name__}{', such as (256,256)' if kind is tuple else ''}"
+        form = kind.__name__ + f", such as {config[field]}" * bool(kind is tuple and config[field])
         raise InputError(f"--config.{field}={text} must be of type {form}") from None
 
 
@@ -188,8 +188,9 @@ def _load(path, *task):
         module = runpy.run_path(path)
         tasks = module.get("TASKS", task)
         if task and task[0] not in tasks:
-            near = " or ".join(difflib.get_close_matches(task[0], tasks, 2) or tasks)
-            raise InputError(f"unknown task '{task[0]}' of {path}: did you mean {near}?")
+            near = " or ".join(difflib.get_close_matches(task[0], tasks, 2))
+            fix = f"did you mean {near}?" if near else f"choose one of {', '.join(tasks)}"
+            raise InputError(f"unknown task '{task[0]}' in {path}: {fix}")
         return module, ml_collections.ConfigDict(module["get_config"](*task))
 
 

@@ -14,16 +14,18 @@ def check_trusted(trusted, dataset, config) -> None:
     """Raises InputError when a seed trusts no transition: trusted, bool [S, N]."""
     if not trusted.size or config.coefficient == "fixed":
         return
-    what = f"selection={config.selection} finds no D̂ in {dataset.source}"
     fix = {
-        "success": "give rewards of two values, for success and failure",
-        "iql": "lower --config.expectile or raise --config.iql_steps",
+        "return": "lower --config.return_threshold, or use task custom, which needs none",
+        "iql": "lower --config.expectile, or raise --config.iql_steps",
     }
-    fix = fix.get(config.selection, "lower --config.return_threshold, or take task custom")
+    fix = fix.get(config.selection, "no episode ends with the higher reward, so try selection=iql")
+    is_sparse = len(np.unique(dataset.rewards)) == 2
+    if is_dense := config.selection == "success" and not is_sparse:
+        fix = "give rewards of two values, for success and failure, or another --config.selection"
     tqdm.write(f"D̂ holds {trusted.mean():.1%} of the transitions")
-    is_dense = config.selection == "success" and len(np.unique(dataset.rewards)) != 2
     if is_dense or not trusted.any(axis=1).all():
-        raise InputError(f"{what}: {fix}, or choose another --config.selection")
+        what = f"selection={config.selection} finds no D̂ in {dataset.source}"
+        raise InputError(f"{what}: {fix}")
 
 
 def broken_parts(content, name="") -> list[str]:
@@ -51,9 +53,17 @@ def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
     floor, top = dataset.reference or (min(returns), max(returns))
     own = np.mean(dataset.returns) if len(dataset.returns) else floor
     for seed, fraction in zip(records.seeds, trusted_fraction, strict=True):
-        for sign, text in signatures(records.of(seed), fraction, floor, top, own, config):
+        rows = records.of(seed)
+        if dataset.scored_by_success:  # returns depend on how long an episode may last
+            rows, floor, top, own = [_as_return(row) for row in rows], 0.0, 1.0, 0.0
+        for sign, text in signatures(rows, fraction, floor, top, own, config):
             found.append(f"{sign} (seed {seed}): {text}")
     return found
+
+
+def _as_return(row):
+    rate = row["success_rate"]
+    return row | {"return_mean": rate, "return_std": (rate * (1 - rate)) ** 0.5}
 
 
 def signatures(rows, trusted_fraction, floor, top, own, config):

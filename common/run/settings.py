@@ -38,7 +38,8 @@ RULES = (
     ("hidden_dims", lambda x, c: "critic_layers" not in c or len(set(x)) == 1,
      "must be equal widths, because the critics have them too"),
     ("critic_layers", lambda x, c: len(x) == 2, "must have a number of layers for each critic"),
-    ("reference", lambda x, c: len(x) == 2 and x[0] < x[1],
+    ("reference", lambda x, c: len(x) == 2 and all(type(y) in (int, float) for y in x)
+     and -1e30 < x[0] < x[1] < 1e30,
      "must be <random return>,<expert return>, such as -20.3,3234.3"),
     ("n_start", lambda x, c: x <= c.n_end, "must be at most --config.n_end={c.n_end}"),
     ("coefficient_init", lambda x, c: x or c.coefficient == "fixed",
@@ -66,7 +67,6 @@ ONLINE_FIELDS = """online_steps warmup_steps buffer_init buffer_capacity anneal 
     new_policy_freq exploration_noise eval_interval eval_episodes offline_checkpoint dataset
     dataset_path cache_dir checkpoint_minutes updates_per_call block_size wandb""".split()
 MAY_CHANGE = ("cache_dir", "dataset_path", "checkpoint_minutes", "block_size", "wandb")
-OWN_DATA = ("custom", "ogbench")  # tasks whose settings are not the authors'
 UNNAMED = ("seed", "offline_checkpoint", *MAY_CHANGE)  # in the names of folders
 
 
@@ -139,8 +139,9 @@ def divisors(number: int, factor: int) -> list[int]:
 def scale_settings(config, given) -> None:
     """Fits settings to an offline_steps that was `given` in place of the task's full_length.
 
-    Periods and lengths change in proportion. In the paper's tasks, β_φ's learning rate changes
-    inversely, so that β_φ moves as far; elsewhere it would outrun the critics (see experiments/).
+    Periods and lengths change in proportion. In the paper's tasks and the demos, β_φ's learning
+    rate changes inversely, so that β_φ moves as far. Elsewhere it stays, because β_φ would outrun
+    the critics (see experiments/).
     Fields that were given too stay as they are.
     """
     check_bounds(config)
@@ -158,7 +159,7 @@ def scale_settings(config, given) -> None:
     if "iql_steps" in scaled:
         intervals = round(config.iql_steps * share / config.eval_interval)
         config.iql_steps = max(intervals, 1) * config.eval_interval
-    if "coefficient_lr" in scaled and config.task not in OWN_DATA:
+    if "coefficient_lr" in scaled and config.task == config.dataset:
         config.coefficient_lr = min(config.coefficient_lr / share, 1.0)
 
 

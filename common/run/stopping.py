@@ -41,7 +41,5 @@ def _ask_to_stop(number, _):
         if signal.getsignal(caught) is _ask_to_stop:
             signal.signal(caught, signal.SIG_DFL)
     name = signal.Signals(number).name
-    print(
-        f"\n{name}: finishes the current step, then saves; a second signal stops at once",
-        file=sys.stderr,
-    )
+    what = "finishes the current step, then saves; a second signal stops at once"
+    print(f"\n{name}: {what}", file=sys.stderr)

@@ -16,8 +16,8 @@ from common.run.workdir import as_json
 
 DATA = SimpleNamespace(rewards=np.ones(4, np.float32), returns=np.full(1, 30.0), physics="stock",
                        reference=(0.0, 100.0), behaviour=30.0, source="toy", unit="score",
-                       fingerprint="0", episode_ends=np.array([0, 0, 0, 1], bool),
-                       env=SimpleNamespace(id="toy"))  # fmt: skip
+                       scored_by_success=False, fingerprint="0", env=SimpleNamespace(id="toy"),
+                       episode_ends=np.array([0, 0, 0, 1], bool))  # fmt: skip
 BETA = {"beta_min": 1.0, "beta_mean": 1.0, "beta_max": 1.0, "anneal": 1.0}
 
 
@@ -158,11 +158,28 @@ def test_an_empty_sub_dataset_is_refused():
     check_trusted(none | [True, False, False, False], DATA, frozen())
     check_trusted(np.zeros((2, 0), bool), DATA, frozen())  # no data
     none[0] = True  # the second seed still trusts nothing
-    for selection, words in (
-        ("return", "lower --config.return_threshold, or take task custom, or choose"),
-        ("success", "give rewards of two values, for success and failure, or choose"),
-        ("auto", "lower --config.return_threshold, or take task custom, or choose"),
-        ("iql", "lower --config.expectile or raise --config.iql_steps, or choose another"),
+    sparse = SimpleNamespace(**vars(DATA) | {"rewards": np.float32([0, 0, 1, 0])})
+    for selection, data, words in (
+        ("return", DATA, "lower --config.return_threshold, or use task custom, which needs none"),
+        ("success", DATA, "give rewards of two values, for success and failure, or another"),
+        ("success", sparse, "no episode ends with the higher reward, so try selection=iql"),
+        ("auto", sparse, "no episode ends with the higher reward, so try selection=iql"),
+        ("iql", DATA, "lower --config.expectile, or raise --config.iql_steps"),
     ):
         with pytest.raises(InputError, match=f"={selection} finds no D̂ in toy: {words}"):
-            check_trusted(none, DATA, frozen(selection=selection, reward_bias=2.0))
+            check_trusted(none, data, frozen(selection=selection, reward_bias=2.0))
+
+
+def test_success_rates_are_judged_where_they_are_the_score():
+    """Returns there depend on how long an episode may last."""
+    play = SimpleNamespace(**vars(DATA) | {"scored_by_success": True, "reference": None})
+    play.returns = np.full(3, -1000.0)
+
+    def found(rates, trusted=0.5):
+        own = [{"success_rate": rate, "return_mean": rate - 200} for rate in rates]
+        evaluations = [row | x for row, x in zip(rows(rates), own, strict=True)]
+        return named(evaluations, trusted, play)
+
+    assert found([0.0] * 10, trusted=0.05) == ["near-zero score with a thin sub-dataset"]
+    assert found([0, 0.3, 0.8, 0.9, 0.9, 1, 0, 0, 0.1, 0, 0, 0]) == ["collapse"]
+    assert found(np.linspace(0, 1, 12)) == []

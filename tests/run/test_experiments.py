@@ -121,7 +121,10 @@ def test_the_interval_of_many_seeds_is_that_of_a_normal_mean():
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["a", "nowhere"], r"nowhere has no scores \(.*config.json.*\): name a run folder, or"),
+        (
+            ["a", "nowhere"],
+            r"nowhere has no scores \(.*config.json.*\): name a run folder, such as .*nowhere/0, or",
+        ),
         (["a", "new"], r"new has no scores \(.*\): .*wait for its first evaluation"),
         (["a", "mine"], "a has data demo, but .*mine mine: compare runs of one task at a time"),
         (["a", "b", "a"], "both hold seed 0 of the same settings: leave one of them out"),
@@ -223,7 +226,7 @@ def test_returns_and_nearest_states():
 
         def step(self, action):
             self.left -= 1
-            return 2.0 ** (2 - self.left), self.left == 0, False
+            return 2.0 ** (2 - self.left), False, self.left == 0
 
     class Data:
         env = observation_keys = None
@@ -234,8 +237,11 @@ def test_returns_and_nearest_states():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analyse, "Slot", lambda *_: Play())
-        _, _, returns = analyse.play(lambda *_: np.zeros((1, 1)), None, Data, Config)
-    assert returns[:3].tolist() == [3 + 5 / 2 + 9 / 4, 5 + 9 / 2, 9] and len(returns) == 30
+        act, value = lambda *_: np.zeros((1, 1)), lambda *_: 8.0
+        _, _, returns = analyse.play(act, None, value, Data, Config)
+    last = 9 + 8 / 2  # what follows the end of time
+    assert returns[:3].tolist() == [3 + 5 / 2 + last / 4, 5 + last / 2, last]
+    assert len(returns) == 30
     data, points = np.random.default_rng(0).normal(size=(2, 99, 3))
     brute = np.square(points[:, None] - data).sum(-1).argmin(1)
     np.testing.assert_array_equal(analyse.nearest(points, data), brute)

@@ -130,6 +130,7 @@ IMPOSSIBLE = [
     ("reward_scale", INF, "must be at most 1e+30"),
     ("return_threshold", NAN, "must be at least -1e+30"),
     ("hidden_dims", (), "must be whole numbers of at least 1, such as"),
+    ("reference", ("a", 1), "must be <random return>,<expert return>"),
     ("reference", (5, 1), "must be <random return>,<expert return>, such as -20.3,3234.3"),
     ("n_start", 4.0, "must be at most --config.n_end=3.0"),
     ("seed", -1, "must be at least 0"),
