@@ -123,7 +123,7 @@ def test_the_interval_of_many_seeds_is_that_of_a_normal_mean():
     [
         (
             ["a", "nowhere"],
-            r"nowhere has no scores \(.*config.json.*\): name a run folder, such as .*nowhere/0, or",
+            r"nowhere has no scores \(.*config.json.*\): name a run folder, such as .*/0, or",
         ),
         (["a", "new"], r"new has no scores \(.*\): .*wait for its first evaluation"),
         (["a", "mine"], "a has data demo, but .*mine mine: compare runs of one task at a time"),
