@@ -177,7 +177,8 @@ def _read(config, field, text):
             raise ValueError
         return kind(given)
     except (ValueError, SyntaxError, TypeError, OverflowError):
-        form = kind.__name__ + f", such as {config[field]}" * bool(kind is tuple and config[field])
+        example = ",".join(map(str, config[field] or ())) if kind is tuple else ""
+        form = kind.__name__ + f", such as {example}" * bool(example)
         raise InputError(f"--config.{field}={text} must be of type {form}") from None
 
 

@@ -127,7 +127,7 @@ TABLE = {
     "no Minari id": ([FREE, *field(dataset="mujoco/none-v0")], "mujoco/none-v0"),
     "no data at all": (FREE, "task=toy needs data: give --config.dataset="),
     # --- settings ---
-    "a tuple that is none": ("--config.hidden_dims=256", "of type tuple, such as (256,256)"),
+    "a tuple that is none": ("--config.hidden_dims=256", "of type tuple, such as 16,16"),
     "a negative length": ("--config.offline_steps=-10", "offline_steps=-10 must be at least 0"),
     "no full length": ("--config.full_length=0", "full_length=0 must be at least 1"),
     "a text for a truth": ("--config={folder}/text.py", "loosen_bound=yes must be a bool"),
@@ -137,7 +137,7 @@ TABLE = {
     "a file that fails": ("--config={folder}/fails.py", "loaded (ModuleNotFoundError: No mod"),
     "no settings file": ("--config=configs/none.py", "none.py cannot be loaded"),
     "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "a field 'backup_entropy'"),
-    "no such task": (f"--config={ROOT}/configs/ssar_td3bc.py:hoper", "unknown task 'hoper' of "),
+    "no such task": (f"--config={ROOT}/configs/ssar_td3bc.py:hoper", "unknown task 'hoper' in "),
     "a path as a task": ("--config={folder}/sly.py", "task=../x must be letters, digits"),
     "the task as a field": (field(task="x"), "did you mean --config=<file>:<task>?"),
     "a float for an int": (field(offline_steps="1.5"), "offline_steps=1.5 must be of type int"),
