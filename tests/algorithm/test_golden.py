@@ -96,7 +96,8 @@ def golden_inputs(ssar, case, i, dtype):
 
 @pytest.mark.parametrize(
     ("path", "dtype"),
-    [(path, "float64") for path in CASES] + [(path, "float32") for path in IN_FLOAT32],
+    [(path, "float64") for path in CASES]
+    + [pytest.param(path, "float32", marks=pytest.mark.slow) for path in IN_FLOAT32],
     ids=lambda x: getattr(x, "stem", x),
 )
 def test_update_step_reproduces_the_authors(path, dtype):

@@ -95,6 +95,7 @@ def starts(folder):
     return {str(x.relative_to(folder).with_suffix("")): len(x.read_text().split()) for x in paths}
 
 
+@pytest.mark.slow
 def test_varied_settings_make_a_grid(project, tmp_path):
     grid = ("--tasks=demo", "--seeds=1", "--vary", "n_end=2.0,3.0", "discount=0.5,0.9")
     done = sweep(project, tmp_path / "sweep", *grid)

@@ -180,6 +180,7 @@ def test_a_killed_run_ends_as_the_same_command_without_a_kill(whole, data, tmp_p
     assert "before_online" not in results
 
 
+@pytest.mark.slow
 def test_online_no_row_is_lost_or_doubled(whole, data, tmp_path):
     """Killed in the third interval online; the rows after the second are met again."""
     config = config_of(data, whole.script, online_steps=80, buffer_capacity=None)
