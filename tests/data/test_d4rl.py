@@ -89,7 +89,7 @@ def test_the_mazes_come_from_the_newest_revision(server):
 
 
 def test_a_task_of_ogbench_comes_from_its_mirror_and_is_checked(server):
-    pytest.importorskip("ogbench", reason="pip install ogbench")
+    pytest.importorskip("ogbench", reason="pip install ogbench, with Python 3.12 or older")
     out, err, status = fetch(server, "scene-play-singletask-v0", LOAD)
     assert status and out.startswith(f"downloading scene-play-v0.npz into {server.folder}/.ogbench")
     ((path, _),) = server.asked

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from files import load
 
-pytest.importorskip("ogbench", reason="pip install ogbench")
+pytest.importorskip("ogbench", reason="pip install ogbench, with Python 3.12 or older")
 from common.data import load_dataset, ogbench  # noqa: E402
 from common.data.ogbench import parse, record  # noqa: E402
 from common.evaluation import Collector, Evaluator  # noqa: E402
