@@ -42,9 +42,9 @@ code drops 1/(2σ²), averages over dimensions, and caps the square at 1 (for σ
     Defaults and every other field: configs/ssar_td3bc.py.
 
 Where the paper and the authors' code differ, this file follows the code, which produced the
-published results: β_φ multiplies the cloning term (the paper: 1/β_φ multiplies Q), and the Q term
-is divided by its own mean size; the β_φ loss is a mean over the whole batch, not over D̂; n is
-tested on one batch. It deviates from that code as follows:
+published results: β_φ multiplies the cloning term, β_init is 1/α (in the paper TD3+BC's constant α
+multiplies Q), and the Q term is divided by its own mean size; the β_φ loss is a mean over the whole
+batch, not over D̂; n is tested on one batch. It deviates from that code as follows:
     - Annealing stops at 0, and a decay_steps of 0 or less means none.
     - Fine-tuning restores the targets, n, and the fact that n has stopped.
     - beta_min, beta_mean and beta_max leave out transitions that are not cloned.
@@ -404,7 +404,6 @@ def update_actor_and_coefficient(state, batch, config, online):
     """The actor, then β_φ and the threshold unless online, then all targets."""
     actor_adam, _, _ = optimizers(config)
     everywhere = jnp.ones_like(batch.trusted)
-
     # --- actor: β_φ weights the cloning term, which covers D̂ alone if loosen_bound ---
     beta, regularised = config.coefficient_init * everywhere, everywhere
     if config.coefficient == "adaptive":

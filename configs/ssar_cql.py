@@ -57,8 +57,8 @@ def defaults():
     c.offline_steps = 1_000_000
     c.online_steps = 0  # environment steps afterwards; the paper takes 250_000
     # A run of another length than full_length scales eval_interval, update_period and iql_steps in
-    # proportion and, except in custom and ogbench, coefficient_lr inversely, unless they are given
-    # on the command line.
+    # proportion and, in the paper's tasks and the demos, coefficient_lr inversely, unless they are
+    # given on the command line.
     c.full_length = 1_000_000
     c.eval_interval = 5_000  # updates offline, environment steps online
     c.eval_episodes = 10

@@ -1,6 +1,8 @@
 """OGBench's single-task data sets by name, and play data recorded with its scripted oracles.
 
-python -m common.data.ogbench record cube-single --steps=300000
+    python -m common.data.ogbench record cube-single --steps=300000
+
+The package ogbench is optional, and is imported only where it is needed.
 """
 
 import argparse

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from files import load
 
+from common.data import load_dataset, ogbench
+from common.data.ogbench import parse, record
+from common.evaluation import Collector, Evaluator
+from common.run.cli import load_config
+from common.run.errors import InputError
+
 pytest.importorskip("ogbench", reason="pip install ogbench, with Python 3.12 or older")
-from common.data import load_dataset, ogbench  # noqa: E402
-from common.data.ogbench import parse, record  # noqa: E402
-from common.evaluation import Collector, Evaluator  # noqa: E402
-from common.run.cli import load_config  # noqa: E402
-from common.run.errors import InputError  # noqa: E402
 
 MAZES = [f"{robot}maze-{size}" for robot in ("point", "ant", "humanoid")
          for size in ("medium", "large", "giant", "teleport")]  # fmt: skip
