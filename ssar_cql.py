@@ -908,7 +908,7 @@ def main(config, workdir=None, resume=True):
     resume: whether to continue an unfinished run in `workdir` that has the same settings.
     Raises InputError for settings or data that cannot be used.
     """
-    from common.data import cached_labels, load_dataset
+    from common.data import load_dataset
     from common.evaluation import Collector, Evaluator
     from common.run import Run, check_trusted, load_offline, prepare, save_checkpoint
     from common.seeds import Seeds
@@ -928,8 +928,7 @@ def main(config, workdir=None, resume=True):
     if config.offline_checkpoint:
         state, trusted = load_offline(config, dataset, like=jax.eval_shape(init, keys))
     else:
-        state, make = init(keys), partial(label_by_iql, keys, data, seeds, run, config)
-        label = partial(cached_labels, make, data, config)  # called if selection is iql
+        state, label = init(keys), partial(label_by_iql, keys, data, seeds, run, config)
         trusted = select_trusted(np.asarray(data.reward), dataset.episode_ends, label, config)
         check_trusted(trusted, dataset, config)
     state = seeds.spread(state)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.data.dataset import Dataset
-from common.envs.make import Slot
+from common.envs.make import RESUME, Slot
 from common.run.errors import InputError
 from common.run.stopping import stop_if_told
 
@@ -16,7 +16,6 @@ class Episodes(NamedTuple):
     """One evaluation: E complete episodes of each of S seeds."""
 
     returns: np.ndarray  # [S, E], undiscounted, in the environment's rewards; NaN if they are
-    lengths: np.ndarray  # [S, E], steps
     success: np.ndarray  # [S, E], 1 if the environment ever reported success; NaN if it never does
 
 
@@ -53,8 +52,8 @@ class Evaluator:
             actions = actions.reshape(len(self.slots), -1)
             running = [i for i in running if not any(self.slots[i].step(actions[i])[1:])]
         np.random.set_state(global_state)
-        found = zip(*((slot.total, slot.length, slot.success) for slot in self.slots), strict=True)
-        return Episodes(*(np.reshape(column, self.shape) for column in found))
+        returns, success = ([getattr(x, name) for x in self.slots] for name in ("total", "success"))
+        return Episodes(np.reshape(returns, self.shape), np.reshape(success, self.shape))
 
 
 class Collector:
@@ -87,10 +86,7 @@ class Collector:
                 slot.start()
         reward, terminated, _ = np.array(results, np.float32).T
         if not np.isfinite(reward).all():  # it would spoil the buffer and every later update
-            raise InputError(
-                f"{self.slots[0].name} gave a reward that is not finite at environment step "
-                f"{self.steps}: fix the environment, then give the same command to resume"
-            )
+            raise InputError(f"{self.slots[0].name} gave a reward that is not finite: {RESUME}")
         return Outcome(reward, next_obs, terminated, self._observations(), finished)
 
     def _observations(self) -> np.ndarray:

@@ -64,7 +64,7 @@ def defaults():
     c.eval_episodes = 10
     c.updates_per_call = 50  # in one compiled call, at most; a divisor of eval_interval is used
     c.checkpoint_minutes = 1.0  # between checkpoints; 0: only before evaluations
-    c.cache_dir = "~/.cache/ssar-jax"  # IQL labels and compiled programs
+    c.cache_dir = "~/.cache/ssar-jax"  # compiled programs
     c.wandb = config_dict.placeholder(str)  # project of Weights & Biases to send curves to
 
     # CQL

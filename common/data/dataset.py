@@ -7,6 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+# The units of a score, and how the line about the data explains them.
+UNITS = {
+    "normalised score": "0 at a return of {:g} and 100 at {:g}",
+    "success rate in %": "success rates in per cent",
+    "return": "raw returns, because there are no reference scores",
+}
+
 
 class Normalizer(NamedTuple):
     """Standardises observations: the same for training data, evaluation and checkpoint."""
@@ -41,18 +48,14 @@ class Dataset:
     source: str  # for messages
     normalizer: Normalizer
     fingerprint: str  # 16 hexadecimal digits, of all columns as they stand here
-    reference: tuple[float, float] | None = None  # (random, expert) return; None: raw scores
-    scored_by_success: bool = False  # the score is the success rate in per cent instead
+    reference: tuple[float, float] | None = None  # (random, expert) return, if there is one
+    unit: str = "return"  # of a score: one of UNITS
     physics: str = "stock"  # d4rl: with the capsules of older MuJoCo builds
     observation_keys: tuple[str, ...] | None = None  # of dictionary observations, in column order
     rescaled: str = ""  # the environment's bounds of actions, unless they are -1 and 1
 
     def __str__(self):
-        scores = "raw returns, because there are no reference scores"
-        if self.scored_by_success:
-            scores = "success rates in per cent"
-        elif self.reference:
-            scores = "0 at a return of {:g} and 100 at {:g}".format(*self.reference)
+        scores = UNITS[self.unit].format(*self.reference or ())
         keys = ", ".join(self.observation_keys or ())
         changes = f" and observations joined as {keys}" if keys else ""
         changes += f"; actions rescaled from {self.rescaled}" if self.rescaled else ""
@@ -72,24 +75,22 @@ class Dataset:
     @property
     def behaviour(self) -> float:
         """The mean score of the data's own episodes; NaN without episodes, and for play data."""
-        is_scored = len(self.rewards) and not self.scored_by_success
-        return float(np.mean(self.score(self.returns))) if is_scored else np.nan
+        return float(np.mean(self.score(self.returns))) if len(self.rewards) else np.nan
 
-    @property
-    def unit(self) -> str:
-        """The unit of a score."""
-        if self.scored_by_success:
-            return "success rate in %"
-        return "normalised score" if self.reference else "return"
-
-    def score(self, episode_return, success=None):
-        """Normalised score, 100 = expert; the return itself without a reference."""
-        if self.scored_by_success:
+    def score(self, episode_return, success=np.nan):
+        """Normalised score, 100 = expert; the success rate in %, or the return itself."""
+        if self.unit == "success rate in %":
             return 100.0 * success
-        if self.reference is None:
+        if self.unit == "return":
             return episode_return
         low, high = self.reference
         return 100 * (episode_return - low) / (high - low)
+
+    def spread(self, row: dict) -> float:
+        """The standard deviation of the scores in one evaluation, a row of scores.csv."""
+        if self.unit == "success rate in %":
+            return 100 * (row["success_rate"] * (1 - row["success_rate"])) ** 0.5
+        return self.score(row["return_std"]) - self.score(0.0)
 
 
 def fingerprint(*arrays: np.ndarray) -> str:
@@ -104,9 +105,8 @@ def fingerprint(*arrays: np.ndarray) -> str:
 def find_episode_ends(obs, successors, ended, max_steps=None, tolerance=1e-6) -> np.ndarray:
     """Last row of every episode, bool [N].
 
-    A row ends its episode if it is known to have `ended` there, if its recorded successor differs
-    from the next row by more than `tolerance`, if it is the `max_steps`-th row of the episode, or
-    if it is the last row of all.
+    A row ends its episode if that `ended` there, if its recorded successor differs from the next
+    row by more than `tolerance`, if it is the episode's `max_steps`-th row, or the last row of all.
     """
     ends = ended.astype(bool)
     if successors is not None:

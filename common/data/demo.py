@@ -14,7 +14,6 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
 from common.envs.make import env_spec
-from common.run.stopping import stop_if_told
 
 EPISODES = 600
 # Name: id of the data set, environment, returns between which scores are normalised.
@@ -68,7 +67,6 @@ def _record(dataset_id, env_id, reference):
     env = minari.DataCollector(gymnasium.make(env_spec(env_id, dataset_id)), record_infos=False)
     skills = rng.choice(len(SKILLS), size=EPISODES, p=[share for share, *_ in SKILLS])
     for skill in tqdm(skills, f"recording {dataset_id}, once", unit="episode"):
-        stop_if_told()
         _, gain, damping, noise = SKILLS[skill]
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
         terminated = truncated = False

@@ -77,10 +77,8 @@ def read_columns(source: str, stored) -> dict[str, np.ndarray]:
     columns, like = {}, None
     for key in (*NEEDED, "timeouts", "next_observations"):
         if key not in stored and key in NEEDED:
-            raise InputError(
-                f"{source} has no key '{key}', only {', '.join(sorted(stored)) or 'nothing'}: a "
-                f"D4RL file needs {', '.join(NEEDED)}"
-            )
+            found = f"only {', '.join(sorted(stored)) or 'nothing'}"
+            raise InputError(f"{source} has no key '{key}', {found}: add {', '.join(NEEDED)}")
         if key not in stored:
             continue
         column, ndim = stored[key], 1 if key in ("rewards", "terminals", "timeouts") else 2
@@ -98,10 +96,8 @@ def read_columns(source: str, stored) -> dict[str, np.ndarray]:
             values = column[()].reshape(shape).astype(np.float32, copy=False)
         bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if bad.any():
-            raise InputError(
-                f"{source}: '{key}' is not finite in float32 at row {bad.argmax()} ({bad.sum()} "
-                "such rows): fix or remove those episodes"
-            )
+            where = f"at row {bad.argmax()} ({bad.sum()} such rows): fix those episodes"
+            raise InputError(f"{source}: '{key}' is not finite in float32 {where}")
         is_flag = key in ("terminals", "timeouts")
         columns[key] = values.astype(bool) if is_flag else values
     return columns

@@ -7,11 +7,10 @@ import numpy as np
 from common.data import d4rl
 from common.data.dataset import Dataset, find_episode_ends, fingerprint, fit_normalizer
 from common.data.hdf5 import NEEDED, read_hdf5
-from common.envs.d4rl_physics import d4rl_physics, is_known
+from common.data.ogbench import read_ogbench
+from common.envs.d4rl_physics import MODELS, d4rl_physics
 from common.envs.make import env_spec, try_env
 from common.run.errors import InputError
-
-OGBENCH = "ogbench:"  # the prefix of OGBench's tasks
 
 
 def load_dataset(config) -> Dataset:
@@ -23,9 +22,12 @@ def load_dataset(config) -> Dataset:
     keys = tuple(config.observation_keys.replace(",", " ").split())
     source, task, (spec, reference, columns) = _read(config, keys)
     spec.max_episode_steps = config.max_episode_steps or spec.max_episode_steps
-    physics = config.physics or ("d4rl" if task and is_known(spec) else "stock")
-    if physics == "d4rl":
-        spec = d4rl_physics(spec)
+    old = d4rl_physics(spec)
+    physics = config.physics or ("d4rl" if task and old else "stock")
+    if physics == "d4rl" and not old:
+        known = f"{', '.join(MODELS)} and AntMaze, not for {spec.id}"
+        raise InputError(f"--config.physics=d4rl is for {known}: use --config.physics=stock")
+    spec = old if physics == "d4rl" else spec
     found = columns and (columns["observations"].shape[1], columns["actions"].shape[1])
     keys, widths, bounds = try_env(spec, source, keys, found)
     if not columns:
@@ -33,9 +35,10 @@ def load_dataset(config) -> Dataset:
         columns = {"observations": obs, "next_observations": obs, "actions": actions}
         columns |= {"rewards": np.zeros(0, np.float32), "terminals": np.zeros(0, bool)}
     columns["actions"], rescaled = _rescale(source, columns["actions"], bounds, spec.id)
-    is_ogbench = (config.dataset or "").startswith(OGBENCH)
-    limit = spec.max_episode_steps
-    columns = transitions(source, columns, config.d4rl_rows, limit, continues=is_ogbench)
+    is_play, limit = (config.dataset or "").startswith("ogbench:"), spec.max_episode_steps
+    columns = transitions(source, columns, config.d4rl_rows, limit, continues=is_play)
+    reference = config.reference or reference
+    unit = "success rate in %" if is_play else "normalised score" if reference else "return"
     normalizer = fit_normalizer(columns["observations"], config.normalize_observations)
     for key in ("observations", "next_observations"):
         columns[key] = normalizer(columns[key])
@@ -45,8 +48,8 @@ def load_dataset(config) -> Dataset:
         source=source,
         normalizer=normalizer,
         fingerprint=fingerprint(*columns.values()),
-        reference=config.reference or reference,
-        scored_by_success=is_ogbench,
+        reference=reference,
+        unit=unit,
         physics=physics,
         observation_keys=keys,
         rescaled=rescaled,
@@ -65,10 +68,8 @@ def _read(config, keys):
     is_file = stem != name or stem.endswith((".hdf5", ".h5"))
     if is_file and stem not in d4rl.TASKS:
         path = path or stem
-    if name.startswith(OGBENCH):
-        from common.data.ogbench import read_ogbench  # the package is optional
-
-        return read_ogbench(name.removeprefix(OGBENCH), path, env)
+    if name.startswith("ogbench:"):
+        return read_ogbench(name.removeprefix("ogbench:"), path, env)
     task = d4rl.TASKS.get(stem) or d4rl.FILES.get(os.path.basename(path or ""))
     if path or task:
         path = path or d4rl.fetch(task)
@@ -87,10 +88,10 @@ def _rescale(source, actions, bounds, env_id) -> tuple[np.ndarray, str]:
     slack = 1e-6 * np.abs(bounds).max(axis=0)  # float32 rounds
     outside = ((actions < low - slack) | (actions > high + slack)).any(axis=1)
     if outside.any():
+        where = f"at row {outside.argmax()} ({outside.sum()} such rows)"
+        fix = "fix those episodes, or name the data's own environment with --config.env=<id>"
         raise InputError(
-            f"{source}: 'actions' is not in {text}, the bounds of {env_id}, at row "
-            f"{outside.argmax()} ({outside.sum()} such rows): fix or remove those episodes, or "
-            "name the data's own environment with --config.env=<id>"
+            f"{source}: 'actions' is not in {text}, the bounds of {env_id}, {where}: {fix}"
         )
     if (low == -1).all() and (high == 1).all():
         return actions, ""
@@ -100,11 +101,10 @@ def _rescale(source, actions, bounds, env_id) -> tuple[np.ndarray, str]:
 def transitions(source, columns, rows: str, max_steps: int | None, continues: bool = False):
     """The columns of all rows with known successors, with their successors and episode ends.
 
-    rows=all: every row with a recorded successor; if none are recorded, every row that the next row
-    follows or where the task ended. rows=qlearning: D4RL's qlearning_dataset, which always takes
-    the next row and drops the last row of all and those that end by time-out. max_steps: the
-    environment's time limit, used if no time-outs are recorded. continues: whether an episode goes
-    on after the task has ended in it. Raises InputError.
+    rows=all: those with a recorded successor; if none are recorded, those that the next row follows
+    or where the task ended. rows=qlearning: D4RL's qlearning_dataset, which takes the next row and
+    drops the last one and time-outs. max_steps: the environment's limit, used if no time-outs are
+    recorded. continues: whether episodes go on after the task has ended. Raises InputError.
     """
     obs, terminals = columns["observations"], columns["terminals"]
     timeouts = columns.get("timeouts", np.zeros_like(terminals))

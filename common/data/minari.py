@@ -58,11 +58,9 @@ def _join_episodes(source, stored, keys) -> dict[str, np.ndarray]:
         observed = {len(given[key]) for key in keys} if keys else {len(given)}
         others = {len(episode.actions), len(episode.terminations), len(episode.truncations)}
         if observed != {steps + 1} or others != {steps} or not steps:
-            raise InputError(
-                f"{source}: episode {episode.id} has {min(observed)} observations and "
-                f"{len(episode.actions)} actions for {steps} rewards: it needs one observation "
-                "more than rewards; record the data set without such episodes"
-            )
+            found = f"{min(observed)} observations for {min(others)} actions and {steps} rewards"
+            fix = "record the data set with one observation more than actions and rewards"
+            raise InputError(f"{source}: episode {episode.id} has {found}: {fix}")
         observations = flatten(given, keys, (steps + 1,))
         parts = {
             "observations": observations[:-1],

@@ -1,8 +1,7 @@
 """AntMaze v2, D4RL's own rules, on Gymnasium's MuJoCo.
 
-The ant is Gymnasium's with D4RL's time step, motors and contacts, and with the capsules of the
-MuJoCo that recorded the data. `python benchmarks/physics.py Ant_maze_*.hdf5` compares the simulator
-with a recording, which has not been done because none was available.
+The ant is Gymnasium's with D4RL's time step, motors, contacts and capsules. It has not yet been
+compared with a recording: `python benchmarks/physics.py Ant_maze_*.hdf5` does it.
 """
 
 import gymnasium

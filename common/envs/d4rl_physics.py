@@ -13,8 +13,6 @@ import mujoco
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
-from common.run.errors import InputError
-
 # Gymnasium's models use old attributes, of which MuJoCo warns for every environment.
 mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(text, file=sys.stderr))
 
@@ -23,20 +21,12 @@ INERTIA = ("body_mass", "body_inertia", "body_ipos", "body_iquat")
 INERTIA += ("body_sameframe", "geom_sameframe")  # which of the frames coincide
 
 
-def is_known(spec: EnvSpec) -> bool:
-    """Whether D4RL has such a model."""
-    return spec.name in MODELS or spec.id.startswith("ssar-jax/AntMaze-")
-
-
-def d4rl_physics(spec: EnvSpec) -> EnvSpec:
-    """The same environment with old capsules. Raises InputError if D4RL has no such model."""
-    if not is_known(spec):
-        raise InputError(
-            f"--config.physics=d4rl is for {', '.join(MODELS)} and AntMaze, not for {spec.id}: use "
-            "--config.physics=stock"
-        )
+def d4rl_physics(spec: EnvSpec) -> EnvSpec | None:
+    """The same environment with old capsules; None if D4RL has no such model."""
+    if spec.id.startswith("ssar-jax/AntMaze-"):
+        return spec  # it has them already
     if spec.name not in MODELS:
-        return spec  # AntMaze has them already
+        return None
     spec = copy.deepcopy(spec)
     spec.kwargs |= {"stock": spec.entry_point}
     spec.entry_point = f"{__name__}:make_with_old_capsules"

@@ -15,6 +15,7 @@ from common.run.errors import Diverged, InputError, brief, explained
 
 ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
 TRIAL = 10_000  # steps in which an environment without a time limit has to end
+RESUME = "fix the environment, then give the same command to resume"
 # Modules whose environments are found by their id alone.
 KNOWN_MODULES = (f"{__package__}.antmaze", "gymnasium_robotics", "ogbench", "common.data.demo")
 
@@ -24,10 +25,8 @@ def env_spec(env: str | None, source: str) -> EnvSpec:
     if not env:
         raise InputError(f"{source} names no environment: give --config.env=<Gymnasium id>")
     module, _, env_id = env.rpartition(":")
-    fix = (
-        "give --config.env=<Gymnasium id>, or --config.env=<module>:<id> with the module that "
-        "registers it; `pip install gymnasium-robotics` brings PointMaze, Adroit and others"
-    )
+    fix = "give --config.env=<Gymnasium id>, or <module>:<id> with the module that registers it"
+    fix += "; `pip install gymnasium-robotics` brings PointMaze, Adroit and others"
     with explained(f"unknown environment '{env}'", fix):
         if module:
             importlib.import_module(module)  # registers its environments
@@ -100,10 +99,8 @@ class Slot:
     def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
         """Takes an action in [-1, 1]; returns the reward, and whether task or time has ended."""
         if not np.isfinite(action).all():
-            raise Diverged(
-                f"diverged: the actor's action is not finite in step {self.length + 1} of an "
-                "episode: lower --config.actor_lr or --config.critic_lr"
-            )
+            fix = "lower --config.actor_lr or --config.critic_lr"
+            raise Diverged(f"diverged: the actor's action is not finite: {fix}")
         action = action.reshape(self.env.action_space.shape)
         observation, reward, terminated, truncated, info = self.env.step(action)
         reward = np.asarray(reward, float).item()
@@ -117,10 +114,7 @@ class Slot:
     def _observe(self, observation):
         self.obs = flatten(observation, self.keys)
         if not (np.abs(self.obs) < 1e38).all():
-            raise InputError(
-                f"{self.name} gave an observation that is not finite in step {self.length}: fix "
-                "the environment, then give the same command to resume"
-            )
+            raise InputError(f"{self.name} gave an observation that is not finite: {RESUME}")
 
 
 def try_env(spec: EnvSpec, source: str, keys: tuple, found: tuple | None = None):

@@ -53,8 +53,7 @@ class Output:
 def run(main, name: str) -> None:
     """Runs main(config, workdir, resume) as the command line says.
 
-    A user's mistake ends the process with one sentence and status 1, Ctrl-C with status 130 and
-    SIGTERM with 143.
+    A user's mistake ends it with one sentence and status 1, Ctrl-C with 130, SIGTERM with 143.
     """
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     catch_signals()
@@ -127,25 +126,21 @@ def _parse(name):
 
 
 def load_config(name: str, file: str | None, settings: list[str]):
-    """The ConfigDict of <file>[:<task>] with --config.<field>=<value> settings applied.
+    """The ConfigDict of <file>[:<task>] with --config.<field>=<value> applied, then scaled.
 
     Fields that a file leaves out are those of the script's task custom. Without a file: the demo,
-    or the settings of the run in offline_checkpoint. If the settings shorten offline_steps, the
-    others are scaled. Raises InputError.
+    or the settings of the run in offline_checkpoint. Raises InputError.
     """
     own, given = f"{ROOT}/configs/{name}.py", {}
     module, config = _load(own)
     if file is not None and "custom" in module.get("TASKS", ()):
         _, config = _load(own, "custom")
     if file is not None:
-        for field, value in _load(*file.rsplit(":", 1))[1].to_dict().items():
-            if field not in config:
-                raise InputError(f"--config={file} has a field '{field}' that {name} does not have")
-            try:
-                config[field] = value
-            except TypeError:
-                kind = config.get_type(field).__name__
-                raise InputError(f"--config={file}: {field}={value} must be a {kind}") from None
+        theirs = _load(*file.rsplit(":", 1))[1].to_dict()
+        if foreign := sorted(set(theirs) - set(config)):
+            raise InputError(f"--config={file} has fields that {name} lacks: {', '.join(foreign)}")
+        with explained(f"--config={file} has a value of a wrong type", "fix it"):
+            config.update(theirs)
     for setting in settings:
         field, _, text = setting.removeprefix("--config.").partition("=")
         if not setting.startswith("--config.") or "=" not in setting:
@@ -153,10 +148,8 @@ def load_config(name: str, file: str | None, settings: list[str]):
             raise InputError(f"unknown flag {setting}: a setting is --config.{field}=<value>")
         given[field] = _read(config, field, text)
     if given.get("offline_checkpoint") and not file:
-        for field, value in load_settings(given["offline_checkpoint"]).items():
-            with config.ignore_type():
-                if field in config:
-                    config[field] = tuple(value) if isinstance(value, list) else value
+        saved = load_settings(given["offline_checkpoint"])
+        config.update({field: value for field, value in saved.items() if field in config})
     config.update(given)
     scale_settings(config, given)
     return config

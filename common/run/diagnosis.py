@@ -14,16 +14,14 @@ def check_trusted(trusted, dataset, config) -> None:
     """Raises InputError when a seed trusts no transition: trusted, bool [S, N]."""
     if not trusted.size or config.coefficient == "fixed":
         return
-    fix = {
-        "return": "lower --config.return_threshold, or use task custom, which needs none",
-        "iql": "lower --config.expectile, or raise --config.iql_steps",
-    }
-    fix = fix.get(config.selection, "no episode ends with the higher reward, so try selection=iql")
-    is_sparse = len(np.unique(dataset.rewards)) == 2
-    if is_dense := config.selection == "success" and not is_sparse:
-        fix = "give rewards of two values, for success and failure, or another --config.selection"
     tqdm.write(f"D̂ holds {trusted.mean():.1%} of the transitions")
+    is_dense = config.selection == "success" and len(np.unique(dataset.rewards)) != 2
     if is_dense or not trusted.any(axis=1).all():
+        fixes = {
+            "return": "lower --config.return_threshold, or use task custom, which needs none",
+            "iql": "lower --config.expectile, or raise --config.iql_steps",
+        }
+        fix = fixes.get(config.selection, "give rewards of two values, the higher at a success")
         what = f"selection={config.selection} finds no D̂ in {dataset.source}"
         raise InputError(f"{what}: {fix}")
 
@@ -48,57 +46,44 @@ def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
     if (thinnest := min(trusted_fraction)) < 0.01:
         what = f"thin sub-dataset: only {thinnest:.2%} of the data is trusted"
         found.append(f"{what}; lower return_threshold or select by iql")
-    returns = [0.0, *dataset.returns, *(row["return_mean"] for row in records.evaluations)]
-    returns = [x for x in returns if np.isfinite(x)]
-    floor, top = dataset.reference or (min(returns), max(returns))
-    own = np.mean(dataset.returns) if len(dataset.returns) else floor
     for seed, fraction in zip(records.seeds, trusted_fraction, strict=True):
-        rows = records.of(seed)
-        if dataset.scored_by_success:  # returns depend on how long an episode may last
-            rows, floor, top, own = [_as_return(row) for row in rows], 0.0, 1.0, 0.0
-        for sign, text in signatures(rows, fraction, floor, top, own, config):
+        for sign, text in signatures(records.of(seed), fraction, dataset, config):
             found.append(f"{sign} (seed {seed}): {text}")
     return found
 
 
-def _as_return(row):
-    rate = row["success_rate"]
-    return row | {"return_mean": rate, "return_std": (rate * (1 - rate)) ** 0.5}
-
-
-def signatures(rows, trusted_fraction, floor, top, own, config):
-    """Yields each failure that one seed's evaluations show, and what to do.
-
-    floor, top: the returns between which progress is measured. own: the data's mean return.
-    """
-    broken = [row for row in rows if not np.isfinite(row["return_mean"])]
-    if broken:
-        what = f"the return is {broken[0]['return_mean']} at {place(broken[0])}"
+def signatures(rows, trusted_fraction, dataset, config):
+    """Yields each failure that one seed's evaluations show, and what to do."""
+    if broken := [row for row in rows if not np.isfinite(row["score"])]:
+        what = f"the score is {broken[0]['score']} at {place(broken[0])}"
         yield "not a number", f"{what}; check the rewards of the environment"
-    rows = [row for row in rows if np.isfinite(row["return_mean"])]
-    returns, near_zero = [row["return_mean"] for row in rows], floor + NEAR_ZERO * (top - floor)
-    levels = [np.median(returns[max(t - WINDOW, 0) : t]) for t in range(1, len(rows) + 1)]
+    rows = [row for row in rows if np.isfinite(row["score"])]
+    scores, floor, top = [row["score"] for row in rows], 0.0, 100.0
+    if dataset.unit == "return":
+        known = [0.0, *dataset.returns, *scores]
+        floor, top = min(known), max(known)
+    near_zero = floor + NEAR_ZERO * (top - floor)
+    levels = [np.median(scores[max(t - WINDOW, 0) : t]) for t in range(1, len(rows) + 1)]
     offline = [row["step"] for row in rows if row["phase"] == "offline"]
     if len(offline) >= WINDOW and offline[-1] >= config.offline_steps / 2:
         best, is_thin = max(levels[WINDOW - 1 : len(offline)]), trusted_fraction < NEAR_ZERO
-        if best < near_zero and (is_thin or best < own):
+        if best < near_zero and (is_thin or best < dataset.behaviour):
             sign = "near-zero score" + " with a thin sub-dataset" * is_thin
             fix = "lower return_threshold or expectile" if is_thin else "raise coefficient_init"
-            yield sign, f"the return is {best:.4g} at best, and {own:.4g} in the data; {fix}"
+            yield sign, f"it is {best:.4g} at best, and {dataset.behaviour:.4g} in the data; {fix}"
         last, cap = rows[len(offline) - 1], 1.5 * config.coefficient_init
         if config.coefficient == "adaptive" and last.get("beta_min", 0) > 0.98 * cap:
             what = f"β is at its maximum on every state, and n at {last['n']:.3g}"
             yield "coefficient no longer adapts", f"{what}; lower coefficient_lr or raise n_end"
+    # With its standard error, because few episodes of sparse success vary much.
+    highest = [row["score"] + dataset.spread(row) / row["episodes"] ** 0.5 for row in rows]
     for now in range(WINDOW, len(rows)):
         first = now - WINDOW + 1
-        # With its standard error, because few episodes of sparse success vary much.
-        error = lambda row: row["return_std"] / row["episodes"] ** 0.5
-        best = max(row["return_mean"] + error(row) for row in rows[first : now + 1])
-        peak = int(np.argmax(levels[:first]))
+        peak, best = int(np.argmax(levels[:first])), max(highest[first : now + 1])
         if levels[peak] > near_zero and best - floor < KEPT * (levels[peak] - floor):
             sign, why = explain_loss(rows, peak, now, config)
-            what = f"the return fell from {levels[peak]:.4g} around {place(rows[peak])}"
-            now_at = f"{max(returns[first : now + 1]):.4g} from {place(rows[first])} on"
+            what = f"the score fell from {levels[peak]:.4g} around {place(rows[peak])}"
+            now_at = f"{max(scores[first : now + 1]):.4g} from {place(rows[first])} on"
             yield sign, f"{what} to at most {now_at}; {why}"
             break
 

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from common.run.clock import Clock
 from common.run.errors import Diverged, InputError, explained
 from common.run.records import Records, print_table
 from common.run.settings import needs_iql
-from common.run.workdir import as_json, locked, set_aside, write_json
+from common.run.workdir import as_json, lock_folder, set_aside, write_json
 
 _open = []  # the run of this process that holds a lock, writers and a progress bar
 
@@ -28,14 +27,12 @@ def close_run() -> str | None:
     run = _open.pop()
     with contextlib.suppress(OSError):
         run._held.close()
+    run._lock.release()
     return run._saved
 
 
 class Run:
-    """One run and its folder: six methods, the step of the current phase, and the folder's path.
-
-    Its methods raise OSError when the folder cannot be written.
-    """
+    """One run and its folder; its methods raise OSError when the folder cannot be written."""
 
     def __init__(self, script, workdir, config, dataset, resume):
         """Begins the run in `workdir`, or resumes it. Raises InputError if it is in use."""
@@ -50,19 +47,16 @@ class Run:
         self._saved_at = time.perf_counter()
         self._bar, self._held = tqdm(disable=True), contextlib.ExitStack()
         self._origin = checkpoint.origin(config, dataset)
+        self._lock = lock_folder(workdir)
         _open.append(self)
-        fix = "wait for it, stop it, or choose another folder"
-        busy = f"--workdir={workdir} is in use by another process: {fix}"
-        lock = partial(locked, os.path.join(workdir, "lock"), busy)
-        self._held.enter_context(lock())
         newest = checkpoint.load_newest(self._unfinished) if resume else None
         if newest and newest.get("origin") != self._origin:
             what = f"the unfinished run in {workdir} had other data or another offline run"
             raise InputError(f"{what}: restore them, or set it aside with --noresume")
         if not newest:
-            if set_aside(workdir):  # the lock's folder too
-                self._held.close()
-                self._held.enter_context(lock())
+            if set_aside(workdir):  # and the lock with it
+                self._lock.release()
+                self._lock = lock_folder(workdir)
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
             iql = config.iql_steps if needs_iql(config) else 0
             offline = 0 if config.offline_checkpoint else config.offline_steps
@@ -130,20 +124,17 @@ class Run:
         if not broken:
             return
         broken.sort(key=lambda name: ("beta" not in name, "loss" not in name))
-        where = f"updates {step - self._size + 1} to {step}"
-        where = f"environment step {step}" if self._phase == "online" else where
+        where = f"between {self._phase} steps {step - self._size} and {step}"
         kept = "no checkpoint was due before"
         if self._saved:
             kept = f"the last finite checkpoint, {self._saved}, stays in {self._unfinished}"
-        names = ", ".join(broken[:4])
         fix = "lower --config.reward_scale, actor_lr or critic_lr"
-        raise Diverged(f"diverged: {names} not finite in {where} ({self._phase}): {fix}; {kept}")
+        raise Diverged(f"diverged: {', '.join(broken[:4])} not finite {where}: {fix}; {kept}")
 
     def save(self, step: int, tree) -> None:
-        """Writes a checkpoint if one is due; raises Stopped afterwards if told to stop.
+        """Writes a checkpoint at the end of an interval or a phase and every checkpoint_minutes.
 
-        Due: at the end of an interval or a phase, every checkpoint_minutes, and when told to stop.
-        Raises Diverged when the tree is not finite.
+        Raises Diverged when the tree is not finite, and Stopped afterwards if told to stop.
         """
         ends = step == self._total or self._phase != "iql" and not step % self._config.eval_interval
         seconds, now = 60 * self._config.checkpoint_minutes, time.perf_counter()
@@ -173,10 +164,9 @@ class Run:
             episodes = play()
         self._bar.set_description(self._phase, refresh=False)
         returns, scores = episodes.returns, self._dataset.score(episodes.returns, episodes.success)
-        columns = {"score": scores.mean(1), "return_mean": returns.mean(1)}
+        columns = {"score": scores.mean(1), "return_mean": returns.mean(1), "n": np.asarray(n)}
         columns |= {"return_std": returns.std(1), "success_rate": episodes.success.mean(1)}
         columns |= {name: total / count for name, (total, count) in sums.items()}
-        columns["n"] = np.asarray(n)
         for i, seed in enumerate(self._records.seeds):
             row = {"phase": self._phase, "step": step, "seed": seed, "episodes": returns.shape[1]}
             rows.append(row | {name: float(x[i]) for name, x in columns.items()})

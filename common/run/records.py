@@ -70,13 +70,12 @@ class Records:
             writer.flush()
 
     def _write_csv(self, name, columns, rows):
-        path = os.path.join(self.workdir, name)
         # A success that is NaN was not reported; a score that is NaN is written as it is.
         missing = lambda key, x: x != x and key.startswith("success")
         table = csv.DictWriter(text := io.StringIO(), columns)
         table.writeheader()
         table.writerows({k: x for k, x in row.items() if not missing(k, x)} for row in rows)
-        write_file(path, text.getvalue().encode())
+        write_file(os.path.join(self.workdir, name), text.getvalue().encode())
 
     def _tags(self, row):
         """An evaluation or an episode under the names that the authors' code logs."""

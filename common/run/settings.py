@@ -137,12 +137,11 @@ def divisors(number: int, factor: int) -> list[int]:
 
 
 def scale_settings(config, given) -> None:
-    """Fits settings to an offline_steps that was `given` in place of the task's full_length.
+    """Fits all settings that are not `given` to an offline_steps that is.
 
-    Periods and lengths change in proportion. In the paper's tasks and the demos, β_φ's learning
-    rate changes inversely, so that β_φ moves as far. Elsewhere it stays, because β_φ would outrun
-    the critics (see experiments/).
-    Fields that were given too stay as they are.
+    Periods and lengths keep their proportion to full_length. In the paper's tasks and the demos,
+    coefficient_lr changes inversely, so that β_φ moves as far; elsewhere β_φ would outrun the
+    critics (see experiments/).
     """
     check_bounds(config)
     share = config.offline_steps / config.get("full_length", math.inf)

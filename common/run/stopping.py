@@ -18,8 +18,7 @@ class Stopped(KeyboardInterrupt):
 def catch_signals() -> None:
     """From now on the first Ctrl-C or SIGTERM sets a flag that the run looks at between steps.
 
-    A SIGTERM handler that is already installed, such as a scheduler's, stays. Python allows
-    handlers in the main thread only; elsewhere this does nothing.
+    Another's SIGTERM handler stays. Outside the main thread, Python allows none.
     """
     if threading.current_thread() is not threading.main_thread():
         return

@@ -1,6 +1,5 @@
 """Run folders: whose they are, what they hold, and how an earlier run makes room."""
 
-import contextlib
 import errno
 import glob
 import json
@@ -59,9 +58,8 @@ def check_folder(workdir: str, config, resume: bool, may_change) -> None:
     source = os.path.realpath(config.offline_checkpoint or "")
     if config.offline_checkpoint and os.path.realpath(workdir) == source:
         raise InputError(f"{flag} is the run of --config.offline_checkpoint: {fix}")
-    if os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise InputError(f"{flag} is a file: {fix}")
-    found = set(os.listdir(workdir)) if os.path.isdir(workdir) else set()
+    with explained(f"{flag} cannot be used", fix):
+        found = set(os.listdir(workdir)) if os.path.exists(workdir) else set()
     found -= {"lock", "config.json.tmp"}
     if found and found.isdisjoint({"config.json", "scores.csv", "unfinished"}):
         raise InputError(f"{flag} holds files that are no run: {fix}")
@@ -71,26 +69,20 @@ def check_folder(workdir: str, config, resume: bool, may_change) -> None:
         check_same(settings, config, may_change, f"{flag} holds a run", fix)
 
 
-@contextlib.contextmanager
-def locked(path: str, busy: str):
-    """Holds the lock file `path`; where no lock can be made, it warns and continues without one.
-
-    Raises InputError(busy) when another process holds it.
-    """
-    lock = filelock.FileLock(path)
+def lock_folder(workdir: str) -> filelock.FileLock:
+    """Locks a run folder; where that is impossible, it warns. Raises InputError if it is in use."""
+    lock = filelock.FileLock(os.path.join(workdir, "lock"))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise InputError(busy) from None
+        fix = "wait for it, stop it, or choose another folder"
+        raise InputError(f"--workdir={workdir} is in use by another process: {fix}") from None
     except OSError as error:
         if error.errno != errno.ENOLCK:
             raise
-        what = f"{path} cannot be locked ({error.strerror}): start one run at a time"
+        what = f"{workdir} cannot be locked ({error.strerror}): start one run at a time"
         print(f"warning: {what}", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock
 
 
 def set_aside(workdir: str) -> bool:
@@ -102,8 +94,6 @@ def set_aside(workdir: str) -> bool:
         number += 1
     os.rename(workdir, aside)
     os.makedirs(workdir)
-    with contextlib.suppress(OSError):
-        os.remove(os.path.join(aside, "lock"))
     print(f"the earlier run in {workdir} is now {aside}", file=sys.stderr)
     return True
 
