@@ -7,7 +7,6 @@ import numpy as np
 from common.data import d4rl
 from common.data.dataset import Dataset, find_episode_ends, fingerprint, fit_normalizer
 from common.data.hdf5 import NEEDED, read_hdf5
-from common.data.ogbench import read_ogbench
 from common.envs.d4rl_physics import MODELS, d4rl_physics
 from common.envs.make import env_spec, try_env
 from common.run.errors import InputError
@@ -65,10 +64,11 @@ def _read(config, keys):
         spec = env_spec(env, "a run without --config.dataset")
         return spec.id, None, (spec, d4rl.reference_of({}, spec.id), None)
     stem = name.removeprefix("d4rl:")
-    is_file = stem != name or stem.endswith((".hdf5", ".h5"))
-    if is_file and stem not in d4rl.TASKS:
+    if stem not in d4rl.TASKS and (stem != name or stem.endswith((".hdf5", ".h5"))):
         path = path or stem
     if name.startswith("ogbench:"):
+        from common.data.ogbench import read_ogbench  # a command imports it as __main__
+
         return read_ogbench(name.removeprefix("ogbench:"), path, env)
     task = d4rl.TASKS.get(stem) or d4rl.FILES.get(os.path.basename(path or ""))
     if path or task:

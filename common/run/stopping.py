@@ -39,6 +39,5 @@ def _ask_to_stop(number, _):
     for caught in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(caught) is _ask_to_stop:
             signal.signal(caught, signal.SIG_DFL)
-    name = signal.Signals(number).name
     what = "finishes the current step, then saves; a second signal stops at once"
-    print(f"\n{name}: {what}", file=sys.stderr)
+    print(f"\n{signal.Signals(number).name}: {what}", file=sys.stderr)
