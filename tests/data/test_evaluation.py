@@ -15,7 +15,6 @@ from common.run import stopping
 from common.run.errors import Diverged, InputError
 from common.run.stopping import Stopped
 
-HALF = Normalizer(np.full(OBS, 0.5, np.float32), np.full(OBS, 2, np.float32))
 STILL = np.zeros((2, ACTION), np.float32)
 
 
@@ -43,8 +42,10 @@ def by_hand(gain, seed):
     return total, length, float(success)
 
 
-def test_every_slot_plays_exactly_its_own_episode(walk):
-    episodes = Evaluator(walk, num_seeds=2, episodes=5, seed=3)(proportional, [0.5, 2.0])
+def test_every_slot_plays_exactly_its_own_episode_every_time(walk):
+    evaluate = Evaluator(walk, num_seeds=2, episodes=5, seed=3)
+    episodes, again = (evaluate(proportional, [0.5, 2.0]) for _ in range(2))
+    np.testing.assert_array_equal(episodes, again)
     for i, gain in enumerate([0.5, 2.0]):
         for j in range(5):
             expected = by_hand(gain, seed=100_000 * (3 + i) + j)
@@ -52,15 +53,6 @@ def test_every_slot_plays_exactly_its_own_episode(walk):
             assert found == pytest.approx(expected, rel=1e-5)
     assert len(set(episodes.lengths.ravel())) > 1  # tasks end at different times
     assert 0 < episodes.success.mean() < 1
-
-
-def test_evaluation_repeats_itself_and_seeds_are_independent(walk):
-    evaluate = Evaluator(walk, num_seeds=2, episodes=4, seed=0)
-    first, second = (evaluate(proportional, [1.0, 1.0]) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
-    alone = Evaluator(walk, num_seeds=1, episodes=4, seed=1)(proportional, [1.0])
-    np.testing.assert_array_equal(first.returns[1], alone.returns[0])
-    assert not np.array_equal(first.returns[0], first.returns[1])  # other starts
 
 
 def test_large_seeds_fit_old_random_generators(walk):
@@ -81,10 +73,8 @@ def test_a_signal_ends_an_evaluation(walk, monkeypatch):
     [
         ({}, np.nan),
         ({"success": None}, np.nan),
-        ({"success": "yes"}, np.nan),
         ({"success": np.array([True])}, 1),
         ({"is_success": np.float32(1)}, 1),
-        ({"success": 0.0}, 0),
     ],
 )
 def test_success_is_read_in_every_usual_form(walk, monkeypatch, info, expected):
@@ -94,24 +84,18 @@ def test_success_is_read_in_every_usual_form(walk, monkeypatch, info, expected):
     np.testing.assert_array_equal(episodes.success, np.full((1, 2), expected))
 
 
-@pytest.mark.parametrize("env_id", ["ssar-test/Walk-v0", "ssar-test/Goal-v0"])
-def test_collected_rows_are_those_of_a_loop_by_hand(walk, env_id):
+def test_collected_rows_are_those_of_a_loop_by_hand(walk):
     """A successor belongs to its own episode; a time limit is no terminal."""
-    keys = ("clock", "position") if "Goal" in env_id else None
-    spec = gymnasium.spec(env_id)
-    data = dataclasses.replace(walk, env=spec, normalizer=HALF, observation_keys=keys)
+    spec, keys = gymnasium.spec("ssar-test/Goal-v0"), ("clock", "position")
+    half = Normalizer(np.full(OBS, 0.5, np.float32), np.full(OBS, 2, np.float32))
+    data = dataclasses.replace(walk, env=spec, normalizer=half, observation_keys=keys)
     envs = Collector(data, num_seeds=2, seed=3)
     actions = np.random.default_rng(0).uniform(-1, 1, (60, 2, ACTION)).astype(np.float32)
-    obs, outcomes, acted_in = envs.reset(), [], []
+    acted_in, outcomes = [envs.reset()], []
     for action in actions:
-        acted_in.append(obs)
         outcomes.append(envs.step(action))
-        obs = outcomes[-1].obs
-
-    def standardise(obs):
-        obs = np.concatenate([obs[key] for key in keys]) if keys else obs
-        return (np.asarray(obs, np.float32) - np.float32(0.5)) / np.float32(2)
-
+        acted_in.append(outcomes[-1].obs)
+    standardise = lambda obs: (np.r_[obs["clock"], obs["position"]] - 0.5) / 2
     limits = terminals = 0
     for i in range(2):
         env = gymnasium.make(spec)
@@ -121,10 +105,11 @@ def test_collected_rows_are_those_of_a_loop_by_hand(walk, env_id):
             np.testing.assert_allclose(acted_in[t][i], standardise(obs), rtol=1e-6)
             obs, reward, terminated, truncated, _ = env.step(action)
             total, length = total + reward, length + 1
-            assert outcomes[t].reward[i] == np.float32(reward)
-            assert outcomes[t].terminated[i] == terminated
-            np.testing.assert_allclose(outcomes[t].next_obs[i], standardise(obs), rtol=1e-6)
-            finished = [row for row in outcomes[t].finished if row["seed"] == 3 + i]
+            outcome = outcomes[t]
+            assert outcome.reward[i] == np.float32(reward)
+            assert outcome.terminated[i] == terminated
+            np.testing.assert_allclose(outcome.next_obs[i], standardise(obs), rtol=1e-6)
+            finished = [row for row in outcome.finished if row["seed"] == 3 + i]
             assert len(finished) == (terminated or truncated)
             if finished:
                 terminals, limits = terminals + terminated, limits + (not terminated)
@@ -133,7 +118,7 @@ def test_collected_rows_are_those_of_a_loop_by_hand(walk, env_id):
                 obs, _ = env.reset()
                 total, length = 0.0, 0
     assert terminals and limits
-    assert outcomes[0].reward.dtype == outcomes[0].next_obs.dtype == np.float32
+    assert outcome.reward.dtype == outcome.next_obs.dtype == np.float32
 
 
 def test_resumed_training_does_not_repeat_the_first_episodes(walk):
@@ -155,17 +140,17 @@ def test_actions_that_are_not_finite_are_not_blamed_on_the_environment(walk):
 
 
 @pytest.mark.parametrize(
-    ("what", "bad"), [("observation", np.full(OBS, np.nan, "f4")), ("reward", 1e39)]
+    ("outcome", "words"),
+    [
+        ((np.full(OBS, np.nan), 0.0), "an observation that is not finite in step 1: fix"),
+        ((np.zeros(OBS), 1e39), "a reward that is not finite at environment step 1: fix"),
+    ],
 )
-def test_environments_that_give_no_finite_numbers_are_named(walk, monkeypatch, what, bad):
-    outcome = {"observation": np.zeros(OBS, np.float32), "reward": 0.0} | {what: bad}
-    monkeypatch.setattr(Walk, "step", lambda *_: (*outcome.values(), False, False, {}))
+def test_environments_that_give_no_finite_numbers_are_named(walk, monkeypatch, outcome, words):
+    monkeypatch.setattr(Walk, "step", lambda *_: (*outcome, False, False, {}))
     envs = Collector(walk, 2, seed=0)
     envs.reset()
-    message = (
-        f"ssar-test/Walk-v0 gave an? {what} that is not finite (in|at environment) step 1: fix"
-    )
-    with np.errstate(over="ignore"), pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"ssar-test/Walk-v0 gave {words}"):
         envs.step(STILL)
 
 
