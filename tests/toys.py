@@ -51,16 +51,7 @@ class Goal(Walk):
         return {"position": flat[:2], "clock": flat[2:]}
 
 
-class Pair(Walk):
-    """Walk with observations that cannot be flattened."""
-
-    observation_space = gymnasium.spaces.Tuple([Walk.observation_space] * 2)
-
-    def _observation(self):
-        return (Walk._observation(self),) * 2
-
-
-for name in ("Walk", "Goal", "Pair"):
+for name in ("Walk", "Goal"):
     gymnasium.register(f"ssar-test/{name}-v0", f"{__name__}:{name}", max_episode_steps=7)
 
 

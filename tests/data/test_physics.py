@@ -1,6 +1,5 @@
 """D4RL's physics: capsules, who gets them, AntMaze's rules, and replaying recorded states."""
 
-import gymnasium
 import mujoco
 import numpy as np
 import pytest
@@ -140,42 +139,37 @@ def test_walls_are_where_the_map_has_them_and_hold(maze):
 # ------------------------------------------------------------------------------------- replaying
 
 
-def record_states(spec, episodes, **extra):
-    """Columns of random actions, with the simulator's states."""
-    env, rng = make_env(spec), np.random.default_rng(0)
-    extra["infos/qpos"] = lambda env: env.data.qpos.copy()
-    extra["infos/qvel"] = lambda env: env.data.qvel.copy()
-    return record(env, episodes, lambda *_: rng.uniform(-1, 1, env.action_space.shape), **extra)
-
-
-def test_recorded_states_are_replayed(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["hopper-medium-v2", "antmaze-umaze-v2"])
+def test_recorded_states_are_replayed(name, tmp_path, capsys):
     """To rounding in the physics that recorded them, visibly not in the other."""
-    stock = gymnasium.spec("Hopper-v4")
+    stock = env_spec(TASKS[name].env_id, name)
+    stock.max_episode_steps = 60
     old = d4rl_physics(stock)
-    path = write(tmp_path, record_states(old, 10), "hopper_medium-v2.hdf5")
-    same, other = (benchmark.replay(path, spec, 100) for spec in (old, stock))
+    env, rng = make_env(old), np.random.default_rng(0)
+    state = {
+        "infos/qpos": lambda env: env.data.qpos.copy(),
+        "infos/qvel": lambda env: env.data.qvel.copy(),
+        "infos/goal": lambda env: getattr(env, "goal", 0),
+    }
+    columns = record(env, 10, lambda *_: rng.uniform(-1, 1, env.action_space.shape), **state)
+    if "antmaze" in name:
+        del columns["next_observations"]
+    path = write(tmp_path, columns, TASKS[name].file)
+    assert load(path, dataset=name, env=None).physics == "d4rl"
+    same = benchmark.replay(path, old, 100)
     assert same.next_observation.shape == (100,)
     assert max(error.max() for error in same) < 1e-4  # recorded in float32
-    assert other.observation.max() < 1e-5
-    assert np.median(other.next_observation) > 100 * np.median(same.next_observation)
+    if old is not stock:
+        other = benchmark.replay(path, stock, 100)
+        assert other.observation.max() < 1e-5
+        assert np.median(other.next_observation) > 100 * np.median(same.next_observation)
     benchmark.main([path, "--rows=50"])
-    title, *lines = capsys.readouterr().out.splitlines()
-    assert title == f"{path} in Hopper-v4"
-    for line, physics in zip(lines[::2], ("d4rl", "stock"), strict=True):
-        assert line.startswith(f"  physics={physics}: 50 rows")
-    without_states = write(tmp_path, toy_columns(60), "x.hdf5")
-    with pytest.raises(SystemExit, match="has no infos/qpos"):
-        benchmark.main([without_states, "--env=Hopper-v4"])
+    out = capsys.readouterr().out
+    assert f"{path} in {stock.id}\n  physics=d4rl: 50 rows" in out
+    assert ("  physics=stock: 50 rows" in out) == (old is not stock)
 
 
-def test_an_antmaze_file_is_loaded_and_replayed(tmp_path):
-    """D4RL's have goals but no next_observations."""
-    task = TASKS["antmaze-umaze-v2"]
-    spec = env_spec(task.env_id, "test")
-    spec.max_episode_steps = 60
-    columns = record_states(spec, 5, **{"infos/goal": lambda ant: ant.goal})
-    del columns["next_observations"]
-    path = write(tmp_path, columns, task.file)
-    data = load(path, dataset=task.name, env=None)
-    assert (data.env.id, data.physics, len(data.rewards)) == (spec.id, "d4rl", 5 * 59)
-    assert max(error.max() for error in benchmark.replay(path, spec, 50)) < 1e-3
+def test_a_file_without_states_cannot_be_replayed(tmp_path):
+    path = write(tmp_path, toy_columns(60))
+    with pytest.raises(SystemExit, match="has no infos/qpos: give a file that records it"):
+        benchmark.main([path, "--env=Hopper-v4"])
