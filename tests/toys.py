@@ -39,16 +39,17 @@ class Walk(gymnasium.Env):
 
 
 class Goal(Walk):
-    """Walk with dictionary observations."""
+    """Walk with dictionary observations, of which two parts are discrete."""
 
     observation_space = gymnasium.spaces.Dict(
         position=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32),
-        clock=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32),
+        one=gymnasium.spaces.MultiBinary(1),
+        clock=gymnasium.spaces.Discrete(9),
     )
 
     def _observation(self):
-        flat = Walk._observation(self)
-        return {"position": flat[:2], "clock": flat[2:]}
+        position = self.x.astype(np.float32)
+        return {"position": position, "one": np.ones(1, np.int8), "clock": self.steps}
 
 
 for name in ("Walk", "Goal"):

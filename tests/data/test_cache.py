@@ -3,7 +3,6 @@
 from unittest import mock
 
 import numpy as np
-import pytest
 from toys import tiny_config
 
 from common.data import cached_labels
@@ -43,13 +42,6 @@ def test_other_data_and_settings_need_labels_of_their_own(tmp_path):
         assert make.call_count == calls
     cached_labels(make, DATA, settings(tmp_path, update_period=20))  # labels do not depend on it
     assert make.call_count == calls
-
-
-def test_a_failure_of_the_work_is_not_hidden(tmp_path):
-    make = mock.Mock(side_effect=OSError(5, "of the work itself"))
-    with pytest.raises(OSError, match="of the work itself"):
-        cached_labels(make, DATA, settings(tmp_path))
-    assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_labels_that_cannot_be_kept_cost_a_warning(tmp_path, capsys):

@@ -73,6 +73,6 @@ def test_a_file_is_downloaded_once_and_resumes_where_it_broke_off(server, tmp_pa
 
 def test_one_sentence_says_what_to_do_without_the_mirror(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    message = refused(None, dataset="hopper-medium-v2")
+    message = refused(dataset="hopper-medium-v2")
     assert message.startswith(f"cannot download {FILE} from huggingface.co/datasets/imone/D4RL")
     assert message.endswith("try again, or give a file with --config.dataset_path=<file>")

@@ -1,11 +1,10 @@
-"""Rows and episodes against a plain loop, and fingerprints."""
+"""Rows and episodes against a plain loop."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.dataset import fingerprint
 from common.data.load import transitions
 from common.run.errors import InputError
 
@@ -68,11 +67,3 @@ def test_rows_and_episodes_against_a_plain_loop(flags, kept, limit, successors):
     following = next_obs if successors and kept == "all" else np.r_[obs[1:], obs[-1:]]
     np.testing.assert_array_equal(found["next_observations"], following[rows])
     np.testing.assert_array_equal(found["episode_ends"], np.r_[np.diff(episodes) > 0, True])
-
-
-def test_fingerprint_sees_every_bit():
-    a, b = np.arange(5.0), np.arange(6.0)
-    changed = np.r_[a[:-1], np.nextafter(a[-1], 9)]
-    sets = ([a], [b], [a, b], [changed], [a.astype(np.float32)], [a.reshape(5, 1)])
-    assert len({fingerprint(*arrays) for arrays in sets}) == len(sets)
-    assert fingerprint(a) == fingerprint(a.copy()) and len(fingerprint(a)) == 16

@@ -18,7 +18,7 @@ def few_episodes(monkeypatch, tmp_path):
 
 
 def test_the_demo_is_a_real_minari_data_set():
-    data = load(None, dataset="demo", env=None, selection="none")
+    data = load(dataset="demo", env=None, selection="none")
     stored = minari.load_dataset("ssar-jax/reacher/mixed-v0")
     returns = [episode.rewards.sum() for episode in stored.iterate_episodes()]
     np.testing.assert_allclose(data.returns, returns, rtol=1e-5)
@@ -27,7 +27,7 @@ def test_the_demo_is_a_real_minari_data_set():
 
 
 def test_the_sparse_demo_rewards_success_alone(few_episodes):
-    data = load(None, dataset="demo-sparse", env=None, selection="success")
+    data = load(dataset="demo-sparse", env=None, selection="success")
     np.testing.assert_array_equal(data.rewards, data.terminals)
     assert data.env.id == "ssar-jax/SparseReacher-v0"
     assert data.score(data.returns).tolist() == [100, 0, 100, 0]

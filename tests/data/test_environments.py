@@ -71,14 +71,14 @@ def test_environments_that_do_not_fit_the_data_are_named(path):
     assert "toy.hdf5 has observations of 4 and actions of 2 dimensions, but ssar-te" in message
     assert message.endswith("of 4 and 1: name the data's own environment with --config.env=<id>")
     message = refused(path, env="ssar-test/Goal-v0", observation_keys="clock")
-    assert message.endswith("or choose among its --config.observation_keys=clock,position")
+    assert message.endswith("or choose among its --config.observation_keys=clock,one,position")
 
 
 def test_unknown_and_repeated_keys_are_named(path):
     words = "--config.observation_keys: '{}' must be named once and be among the observations of {}"
     for env, keys, unfit, known in (
-        ("ssar-test/Goal-v0", "clok", "clok", "clock, position"),
-        ("ssar-test/Goal-v0", "clock,clock", "clock", "clock, position"),
+        ("ssar-test/Goal-v0", "clok", "clok", "clock, one, position"),
+        ("ssar-test/Goal-v0", "clock,clock", "clock", "clock, one, position"),
         ("ssar-test/Walk-v0", "clock", "clock", "they have no keys"),
     ):
         message = refused(path, env=env, observation_keys=keys)

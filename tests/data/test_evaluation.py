@@ -5,9 +5,9 @@ import dataclasses
 import gymnasium
 import numpy as np
 import pytest
-from toys import ACTION, OBS, Walk, tiny_config, toy_columns, write_hdf5
+from files import load, write
+from toys import ACTION, OBS, Walk, toy_columns
 
-from common.data import load_dataset
 from common.data.dataset import Normalizer
 from common.evaluation import Collector, Evaluator
 from common.run import stopping
@@ -19,8 +19,7 @@ STILL = np.zeros((2, ACTION), np.float32)
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
-    path = write_hdf5(tmp_path_factory.mktemp("data") / "walk.hdf5", **toy_columns(100))
-    return load_dataset(tiny_config(path, normalize_observations=False))
+    return load(write(tmp_path_factory.mktemp("data"), toy_columns(100)))
 
 
 def proportional(gains, obs):
@@ -85,7 +84,7 @@ def test_success_is_read_in_every_usual_form(walk, monkeypatch, info, expected):
 
 def test_collected_rows_are_those_of_a_loop_by_hand(walk):
     """A successor belongs to its own episode; a time limit is no terminal."""
-    spec, keys = gymnasium.spec("ssar-test/Goal-v0"), ("clock", "position")
+    spec, keys = gymnasium.spec("ssar-test/Goal-v0"), ("clock", "one", "position")
     half = Normalizer(np.full(OBS, 0.5, np.float32), np.full(OBS, 2, np.float32))
     data = dataclasses.replace(walk, env=spec, normalizer=half, observation_keys=keys)
     collector, rng, ends = Collector(data, num_seeds=2, seed=3), np.random.default_rng(0), []
@@ -94,7 +93,7 @@ def test_collected_rows_are_those_of_a_loop_by_hand(walk):
     acted_in = collector.reset()
 
     def assert_standardised(row, obs):
-        expected = (np.r_[obs["clock"], obs["position"]] - 0.5) / 2
+        expected = (np.r_[obs["clock"], obs["one"], obs["position"]] - 0.5) / 2
         np.testing.assert_allclose(row, expected, rtol=1e-6)
 
     for step in range(1, 61):

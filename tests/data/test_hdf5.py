@@ -38,10 +38,10 @@ def test_a_file_is_loaded_as_it_was_recorded(tmp_path, capsys):
 
 
 def test_training_without_data():
-    data = load(None, dataset=None)
+    data = load(dataset=None)
     assert [getattr(data, name).shape for name in COLUMNS] == [(0, 4), (0, 2), (0,), (0, 4), (0,)]
     assert (data.env.id, data.source, len(data.returns)) == (*["ssar-test/Walk-v0"] * 2, 0)
-    assert "without --config.dataset names no env" in refused(None, dataset=None, env=None)
+    assert "without --config.dataset names no env" in refused(dataset=None, env=None)
 
 
 def test_the_files_attributes_name_environment_and_reference(tmp_path, capsys):
@@ -82,9 +82,9 @@ def test_a_file_may_be_named_as_the_data_set(tmp_path, monkeypatch):
     write(folder, columns, name)
     own = write(tmp_path, columns | {"rewards": columns["rewards"] + 5}, name)
     for dataset, change in ((own, 5), (f"d4rl:{own}", 5), ("hopper-medium-v2", 0)):
-        data = load(None, dataset=dataset)
+        data = load(dataset=dataset)
         np.testing.assert_array_equal(data.rewards, columns["rewards"] + np.float32(change))
-    assert "no file /no/such.hdf5: check" in refused(None, dataset="d4rl:/no/such.hdf5")
+    assert "no file /no/such.hdf5: check" in refused(dataset="d4rl:/no/such.hdf5")
 
 
 # ------------------------------------------------------- files that cannot be used

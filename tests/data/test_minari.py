@@ -4,33 +4,19 @@ import json
 import shutil
 from unittest import mock
 
-import files
 import gymnasium
 import h5py
 import minari
 import numpy as np
 import pytest
-import toys
-from gymnasium import spaces
+from files import load, refused, write
+from toys import record as record_columns
 
 from common.evaluation import Evaluator
 
 NAME = "ssar-test/recorded-v0"
+DATA = {"dataset": NAME, "env": None}
 TENTH = np.full(2, 0.1, np.float32)
-
-
-class Parts(toys.Walk):
-    """Walk with observations in discrete parts."""
-
-    observation_space = spaces.Dict(
-        c=spaces.MultiDiscrete([3, 3]), b=spaces.MultiBinary(2), a=spaces.Discrete(9)
-    )
-
-    def _observation(self):
-        return {"c": np.array([2, self.steps % 3]), "b": np.ones(2, np.int8), "a": self.steps}
-
-
-gymnasium.register("ssar-test/Parts-v0", f"{__name__}:Parts", max_episode_steps=7)
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +25,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     (tmp_path / "minari").mkdir()
     return tmp_path / "minari" / NAME
-
-
-def load(name=NAME, **settings):
-    return files.load(None, **({"dataset": name, "env": None} | settings))
-
-
-def refused(name=NAME):
-    return files.refused(None, dataset=name, env=None)
 
 
 def record(env_id, **metadata):
@@ -63,27 +41,26 @@ def record(env_id, **metadata):
 def test_columns_are_those_of_the_episodes(tmp_path):
     """Bit for bit what the same episodes in an HDF5 file give."""
     record("ssar-test/Walk-v0", ref_min_score=-20.0, ref_max_score=-10)
-    data = load()
-    columns = toys.record(gymnasium.make("ssar-test/Walk-v0"), 4, lambda *_: TENTH)
-    same = files.load(files.write(tmp_path, columns))
+    data = load(**DATA)
+    columns = record_columns(gymnasium.make("ssar-test/Walk-v0"), 4, lambda *_: TENTH)
+    same = load(write(tmp_path, columns))
     assert data.fingerprint == same.fingerprint and data.terminals.any()
     assert data.env.id == "ssar-test/Walk-v0" and data.env.max_episode_steps == 7
     assert data.score(-15.0) == 50  # on D4RL's scale, not on Minari's from 0 to 1
 
 
-def test_parts_are_joined_as_in_evaluation():
+def test_dictionaries_are_joined_as_in_evaluation():
     """Minari stores discrete parts as one number a step."""
-    record("ssar-test/Parts-v0")
-    data = load()
-    assert data.observation_keys == ("a", "b", "c")
-    assert "observations joined as a, b, c" in str(data)
-    assert data.observations[1].tolist() == [1, 1, 1, 2, 1]
+    record("ssar-test/Goal-v0")
+    data = load(**DATA)
+    assert data.observation_keys == ("clock", "one", "position")  # alphabetical
+    assert "observations joined as clock, one, position" in str(data)
     seen, act = [], lambda _, obs: seen.append(obs[0, 0]) or TENTH[None, None]
     Evaluator(data, num_seeds=1, episodes=1, seed=0)(act, None)
     np.testing.assert_array_equal(seen, data.observations[: len(seen)])
-    turned, one = load(observation_keys="c, a"), load(observation_keys="b")
-    np.testing.assert_array_equal(turned.observations, data.observations[:, [3, 4, 0]])
-    np.testing.assert_array_equal(one.observations, data.observations[:, 1:3])
+    assert [row[:2].tolist() for row in seen] == [[i, 1] for i in range(len(seen))]
+    turned = load(**DATA, observation_keys="position, clock")
+    np.testing.assert_array_equal(turned.observations, data.observations[:, [2, 3, 0]])
 
 
 def test_missing_data_sets_are_downloaded(tmp_path, monkeypatch, folder):
@@ -94,13 +71,13 @@ def test_missing_data_sets_are_downloaded(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(minari, "download_dataset", download)
     address = f"hf://somewhere/{NAME}"
     for name in (NAME, NAME, address):
-        assert len(load(name).returns) == 4
+        assert len(load(dataset=name, env=None).returns) == 4
     shutil.rmtree(folder)
-    assert len(load(address).returns) == 4
+    assert len(load(dataset=address, env=None).returns) == 4
     assert [call.args[0] for call in download.mock_calls] == [NAME, address]
     download.side_effect = OSError("no route")
     for missing in ("mujoco/none-v0", "hopper-medium", "not an id"):
-        message = refused(missing)
+        message = refused(dataset=missing, env=None)
         assert message.startswith(f"no Minari data set '{missing}', neither here nor at its remote")
         assert "no route): see `minari list local`" in message
 
@@ -135,7 +112,7 @@ def lacks_one(folder):
 def test_data_that_are_broken_or_malicious_are_refused(change, words, folder):
     record("ssar-test/Walk-v0")
     change(folder)
-    assert words in refused()
+    assert words in refused(**DATA)
 
 
 def test_code_that_a_data_set_names_does_not_run(folder, capsys):
@@ -157,7 +134,7 @@ def test_code_that_a_data_set_names_does_not_run(folder, capsys):
     path = folder / "data" / "metadata.json"
     metadata = json.loads(path.read_text()) | {"eval_env_spec": json.dumps(spec)}
     path.write_text(json.dumps(metadata))
-    data = load()
+    data = load(**DATA)
     assert data.env.entry_point == gymnasium.spec("ssar-test/Walk-v0").entry_point
     assert (data.env.max_episode_steps, data.env.kwargs) == (3, {})
     assert [wrapper.name for wrapper in data.env.additional_wrappers] == ["RescaleAction"]

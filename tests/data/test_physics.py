@@ -108,6 +108,7 @@ def test_starts_and_goals_vary_as_in_d4rl(maze):
     assert np.abs(starts[:, :15] - ant.init_qpos)[:, [0, 1, 2, *range(7, 15)]].max() <= 0.1
     np.testing.assert_allclose(np.linalg.norm(starts[:, 3:7], axis=1), 1)
     np.testing.assert_allclose(starts[:, 15:].std(), 0.1, rtol=0.05)
+    np.testing.assert_array_equal(maze.reset(seed=7)[0], starts[7])
 
 
 @pytest.mark.parametrize(("distance", "is_reached"), [(0.3, True), (0.8, False)])
@@ -167,9 +168,3 @@ def test_recorded_states_are_replayed(name, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{path} in {stock.id}\n  physics=d4rl: 50 rows" in out
     assert ("  physics=stock: 50 rows" in out) == (old is not stock)
-
-
-def test_a_file_without_states_cannot_be_replayed(tmp_path):
-    path = write(tmp_path, toy_columns(60))
-    with pytest.raises(SystemExit, match="has no infos/qpos: give a file that records it"):
-        benchmark.main([path, "--env=Hopper-v4"])
