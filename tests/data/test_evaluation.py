@@ -14,6 +14,7 @@ from common.run import stopping
 from common.run.errors import Diverged, InputError
 from common.run.stopping import Stopped
 
+HALF = Normalizer(np.full(OBS, 0.5, np.float32), np.full(OBS, 2, np.float32))
 STILL = np.zeros((2, ACTION), np.float32)
 
 
@@ -28,12 +29,12 @@ def proportional(gains, obs):
 
 
 def by_hand(gain, seed):
-    """Return, length and success of one episode, in a loop."""
+    """Return, length and success of one episode on standardised observations, in a loop."""
     env = gymnasium.make("ssar-test/Walk-v0")
     obs, _ = env.reset(seed=seed)
     total, length, success, done = 0.0, 0, 0.0, False
     while not done:
-        action = np.clip(-gain * obs[:2], -1, 1).astype(np.float32)
+        action = np.clip(-gain * (obs[:2] - 0.5) / 2, -1, 1).astype(np.float32)
         obs, reward, terminated, truncated, info = env.step(action)
         done = terminated or truncated
         total, length, success = total + reward, length + 1, max(success, info["success"])
@@ -41,10 +42,11 @@ def by_hand(gain, seed):
 
 
 def test_every_slot_plays_exactly_its_own_episode_every_time(walk):
-    evaluate = Evaluator(walk, num_seeds=2, episodes=5, seed=3)
-    episodes, again = (evaluate(proportional, [0.5, 2.0]) for _ in range(2))
+    data, gains = dataclasses.replace(walk, normalizer=HALF), [1.0, 4.0]
+    evaluate = Evaluator(data, num_seeds=2, episodes=5, seed=3)
+    episodes, again = (evaluate(proportional, gains) for _ in range(2))
     np.testing.assert_array_equal(episodes, again)
-    for i, gain in enumerate([0.5, 2.0]):
+    for i, gain in enumerate(gains):
         for j in range(5):
             expected = by_hand(gain, seed=100_000 * (3 + i) + j)
             found = episodes.returns[i, j], episodes.lengths[i, j], episodes.success[i, j]
@@ -85,8 +87,7 @@ def test_success_is_read_in_every_usual_form(walk, monkeypatch, info, expected):
 def test_collected_rows_are_those_of_a_loop_by_hand(walk):
     """A successor belongs to its own episode; a time limit is no terminal."""
     spec, keys = gymnasium.spec("ssar-test/Goal-v0"), ("clock", "one", "position")
-    half = Normalizer(np.full(OBS, 0.5, np.float32), np.full(OBS, 2, np.float32))
-    data = dataclasses.replace(walk, env=spec, normalizer=half, observation_keys=keys)
+    data = dataclasses.replace(walk, env=spec, normalizer=HALF, observation_keys=keys)
     collector, rng, ends = Collector(data, num_seeds=2, seed=3), np.random.default_rng(0), []
     envs, rewards = [gymnasium.make(spec) for _ in range(2)], [[], []]
     observations = [env.reset(seed=100_000 * (3 + i) + 99_999)[0] for i, env in enumerate(envs)]
