@@ -17,13 +17,22 @@ def few_episodes(monkeypatch, tmp_path):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
 
 
-def test_the_demo_is_a_real_minari_data_set():
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rows", "score"), [("demo", 30_000, 54.07141), ("demo-sparse", 25_102, 26.83333)]
+)
+def test_the_whole_demos_are_always_the_same(name, rows, score):
+    data = load(dataset=name, env=None)
+    assert len(data.rewards) == rows
+    assert data.score(data.returns).mean() == pytest.approx(score, abs=1e-4)
+
+
+def test_the_demo_is_a_real_minari_data_set(few_episodes):
     data = load(dataset="demo", env=None, selection="none")
     stored = minari.load_dataset("ssar-jax/reacher/mixed-v0")
     returns = [episode.rewards.sum() for episode in stored.iterate_episodes()]
     np.testing.assert_allclose(data.returns, returns, rtol=1e-5)
-    assert (data.env.id, data.observations.shape) == ("Reacher-v5", (30_000, 10))
-    assert data.score(data.returns).mean() == pytest.approx(54.07141, abs=1e-4)
+    assert (data.env.id, data.observations.shape) == ("Reacher-v5", (200, 10))
 
 
 def test_the_sparse_demo_rewards_success_alone(few_episodes):
