@@ -39,28 +39,20 @@ class Walk(gymnasium.Env):
 
 
 class Goal(Walk):
-    """Walk with dictionary observations."""
+    """Walk with dictionary observations, of which two parts are discrete."""
 
     observation_space = gymnasium.spaces.Dict(
         position=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32),
-        clock=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32),
+        one=gymnasium.spaces.MultiBinary(1),
+        clock=gymnasium.spaces.Discrete(9),
     )
 
     def _observation(self):
-        flat = Walk._observation(self)
-        return {"position": flat[:2], "clock": flat[2:]}
+        position = self.x.astype(np.float32)
+        return {"position": position, "one": np.ones(1, np.int8), "clock": self.steps}
 
 
-class Pair(Walk):
-    """Walk with observations that cannot be flattened."""
-
-    observation_space = gymnasium.spaces.Tuple([Walk.observation_space] * 2)
-
-    def _observation(self):
-        return (Walk._observation(self),) * 2
-
-
-for name in ("Walk", "Goal", "Pair"):
+for name in ("Walk", "Goal"):
     gymnasium.register(f"ssar-test/{name}-v0", f"{__name__}:{name}", max_episode_steps=7)
 
 

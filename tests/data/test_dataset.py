@@ -1,58 +1,69 @@
-"""Episodes and transitions against a plain loop, and fingerprints."""
-
-from types import SimpleNamespace
+"""Rows and episodes against a plain loop."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.dataset import Dataset, find_episode_ends, fingerprint
 from common.data.load import transitions
+from common.run.errors import InputError
+
+FLAGS = ("", "", "", "terminal", "timeout", "both", "gap")
 
 
-@settings(max_examples=100, deadline=None)
+def rows_by_hand(flags, kept, limit, successors):
+    """The rows that training may use, and the number of the episode of each."""
+    rows, episodes, episode, steps, last = [], [], 0, 0, len(flags) - 1
+    if "timeout" in flags or "both" in flags:
+        limit = None
+    for i, flag in enumerate(flags):
+        steps += 1
+        is_terminal, timed_out = flag in ("terminal", "both"), flag in ("timeout", "both")
+        is_end = is_terminal or timed_out or steps == limit or i == last
+        if kept == "qlearning":
+            is_kept = i < last and not timed_out and (is_terminal or steps != limit)
+        elif successors:
+            is_kept, is_end = True, is_end or flag == "gap"
+        else:
+            is_kept = is_terminal or not is_end
+        if is_kept:
+            rows.append(i)
+            episodes.append(episode)
+        if is_end:
+            episode, steps = episode + 1, 0
+    return rows, episodes
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    flags=st.lists(
-        st.sampled_from(["", "", "", "terminal", "timeout", "gap"]), min_size=1, max_size=40
-    ),
-    max_steps=st.sampled_from([None, 1, 3, 5]),
+    flags=st.lists(st.sampled_from(FLAGS), min_size=1, max_size=40),
+    kept=st.sampled_from(["all", "qlearning"]),
+    limit=st.sampled_from([None, 1, 3, 5]),
+    successors=st.booleans(),
 )
-def test_episodes_against_a_plain_loop(flags, max_steps):
-    """With recorded successors, every row stays; without, those whose successor is known."""
-    rows = len(flags)
-    obs = np.arange(rows, dtype=np.float32)[:, None]
-    next_obs = obs + 1
-    next_obs[[flag == "gap" for flag in flags]] += 0.5
-    terminals, timeouts = (np.array([f == kind for f in flags]) for kind in ("terminal", "timeout"))
-    rewards = np.random.default_rng(rows).standard_normal(rows).astype(np.float32)
-    for successors in (next_obs, None):
-        limit = max_steps
-        if successors is None and timeouts.any():
-            limit = None  # recorded time-outs come first
-        episodes, current = [], []
-        for i, flag in enumerate(flags):
-            current.append(i)
-            is_end = flag in ("terminal", "timeout") or (flag == "gap" and successors is not None)
-            if is_end or len(current) == limit or i == rows - 1:
-                episodes.append(current)
-                current = []
-        last = [episode[-1] for episode in episodes]
-        ends = find_episode_ends(obs, successors, terminals | timeouts, limit)
-        assert np.flatnonzero(ends).tolist() == last
-        totals = [rewards[episode].sum(dtype=float) for episode in episodes]
-        found = Dataset.returns.fget(SimpleNamespace(rewards=rewards, episode_ends=ends))
-        np.testing.assert_allclose(found, totals, atol=1e-6)
-    columns = {"observations": obs, "terminals": terminals, "timeouts": timeouts}
-    columns |= {"actions": obs, "rewards": rewards}
-    expected = [i for i in range(rows) if i not in last or terminals[i]]
-    if expected:
-        kept = transitions("test", columns, "all", max_steps)
-        assert kept["observations"][:, 0].tolist() == expected
+def test_rows_and_episodes_against_a_plain_loop(flags, kept, limit, successors):
+    """Recorded time-outs come before the step limit, and recorded successors before the next row.
 
-
-def test_fingerprint_sees_every_bit():
-    a, b = np.arange(5.0), np.arange(6.0)
-    changed = np.r_[a[:-1], np.nextafter(a[-1], 9)]
-    sets = ([a], [b], [a, b], [changed], [a.astype(np.float32)], [a.reshape(5, 1)])
-    assert len({fingerprint(*arrays) for arrays in sets}) == len(sets)
-    assert fingerprint(a) == fingerprint(a.copy()) and len(fingerprint(a)) == 16
+    A gap is a row whose recorded successor is not the next row.
+    """
+    flags = np.array(flags)
+    obs = np.arange(len(flags), dtype=np.float32)[:, None]
+    next_obs = np.r_[obs[1:], obs[-1:]] + 0.5 * (flags == "gap")[:, None]
+    columns = {"observations": obs, "actions": obs, "rewards": obs[:, 0]}
+    columns["terminals"] = np.isin(flags, ["terminal", "both"])
+    timeouts = np.isin(flags, ["timeout", "both"])
+    if timeouts.any():
+        columns["timeouts"] = timeouts
+    if successors:
+        columns["next_observations"] = next_obs
+    rows, episodes = rows_by_hand(flags, kept, limit, successors)
+    if not rows:
+        with pytest.raises(InputError, match="x has no row with a known successor: record whole"):
+            transitions("x", columns, kept, limit)
+        return
+    found = transitions("x", columns, kept, limit)
+    for name in ("observations", "actions", "rewards", "terminals"):
+        np.testing.assert_array_equal(found[name], columns[name][rows])
+    following = next_obs if successors and kept == "all" else np.r_[obs[1:], obs[-1:]]
+    np.testing.assert_array_equal(found["next_observations"], following[rows])
+    np.testing.assert_array_equal(found["episode_ends"], np.r_[np.diff(episodes) > 0, True])
