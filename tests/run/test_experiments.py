@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium
 import imageio.v2 as imageio
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import toy_script
 from comparing import kill, rows_of
-from matplotlib.figure import Figure
 from toys import Walk, tiny_config, toy_columns, write_hdf5
 
 import ssar_td3bc
@@ -75,21 +73,6 @@ def test_the_table_gives_means_of_results_over_pooled_seeds(runs, tmp_path):
             assert min(values) <= rows[0][f"{key}_low"] < rows[0][key] < rows[0][f"{key}_high"]
     part = [float(row["score"]) for row in rows_of(runs / "part")[-2:]]
     assert rows[2]["last"] == pytest.approx(np.mean(part)) and np.isnan(rows[2]["behaviour"])
-
-
-def test_the_picture_has_means_bands_and_the_switch(runs, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
-    compare([runs / name for name in ("a", "part")], tmp_path / "x.png")
-    whole, switch, part, _ = drawn[0].lines
-    assert (whole.get_label(), whole.get_linestyle()) == ("toy_script, 2 seeds", "-")
-    assert (part.get_label(), part.get_linestyle()) == (f"{runs}/part (unfinished), 2 seeds", "--")
-    np.testing.assert_allclose(1000 * whole.get_xdata(), [12, 24, 36, 36, 48, 60])
-    np.testing.assert_allclose(1000 * np.array(switch.get_xdata()), 36)
-    scores = np.reshape([float(row["score"]) for row in rows_of(runs / "a")], (6, 2))
-    np.testing.assert_allclose(whole.get_ydata(), scores.mean(axis=1))
-    band = drawn[0].collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (scores.min(), scores.max())  # all that two seeds say
 
 
 def test_the_interval_of_many_seeds_is_that_of_a_normal_mean():
@@ -180,27 +163,7 @@ def test_the_numbers_of_a_run(trained, tmp_path):
     assert 0 < row["beta_trusted"] < 0.6 and row["beta_trusted"] != row["beta_noise_3.0"]
 
 
-class Play:
-    """In place of analyse's Slot: rewards 1, 2, 4; then time ends the episode."""
-
-    def __init__(self, *_):
-        self.obs = np.zeros(2)
-
-    def start(self, seed):
-        self.rewards = [4, 2, 1]
-
-    def step(self, action):
-        return self.rewards.pop(), False, not self.rewards
-
-
-def test_returns_and_nearest_states(monkeypatch):
-    monkeypatch.setattr(analyse, "Slot", Play)
-    act, value = lambda *_: np.zeros((1, 1)), lambda *_: 8.0
-    data = SimpleNamespace(env=None, observation_keys=None, normalizer=np.asarray)
-    config = SimpleNamespace(reward_scale=2.0, reward_bias=1.0, discount=0.5)
-    _, _, returns = analyse.play(act, None, value, data, config)
-    last = 9 + 8 / 2  # what follows the end of time
-    assert returns.tolist() == [3 + 5 / 2 + last / 4, 5 + last / 2, last] * 10
+def test_nearest_states_are_those_of_a_search_by_hand():
     data, points = np.random.default_rng(0).normal(size=(2, 99, 3))
     brute = np.square(points[:, None] - data).sum(-1).argmin(1)
     np.testing.assert_array_equal(analyse.nearest(points, data), brute)

@@ -199,12 +199,10 @@ def test_the_folder_is_named_after_what_is_given():
 def test_paths_are_complete_and_files_are_found_from_anywhere(tmp_path, monkeypatch):
     """In a folder whose name has a meaning for patterns, URLs and formats."""
     folder = tmp_path / "a [b] {c} #1 ?d=%20 β"
-    folder.mkdir()
-    (folder / "my.hdf5").write_text("")
+    (folder / "0").mkdir(parents=True)
+    (folder / "0" / "config.json").write_text(json.dumps(as_json(tiny_config().to_dict())))
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.chdir(folder)
-    (folder / "0").mkdir()
-    (folder / "0" / "config.json").write_text(json.dumps(as_json(tiny_config().to_dict())))
     config = tiny_config(offline_checkpoint="0", online_steps=40, cache_dir="~/x")
     config.dataset = "d4rl:my.hdf5"
     config, workdir = prepare(config, "~/run", "my_script")
@@ -220,20 +218,15 @@ def test_a_platform_that_is_not_there_is_named():
     assert "JAX finds no device of JAX_PLATFORMS=cuda (" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("most", "interval", "selection", "expected"),
-    [(250, 20, "none", 20), (8, 20, "none", 4), (250, 36, "iql", 12)],
-)
-def test_prepare_fits_the_size_of_a_call_and_freezes(
-    most, interval, selection, expected, tmp_path, monkeypatch
-):
+def test_prepare_fits_the_size_of_a_call_and_freezes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = tiny_config(updates_per_call=most, eval_interval=interval, selection=selection)
-    config.update(offline_steps=interval, iql_steps=24, seed=4)
-    config, workdir = prepare(config, None, "my_script")
-    assert config.updates_per_call == expected
-    assert workdir == str(tmp_path / "runs" / "my_script" / "toy" / "4")
-    hash(config)
+    for most, interval, selection, expected in ((8, 20, "none", 4), (250, 36, "iql", 12)):
+        config = tiny_config(updates_per_call=most, eval_interval=interval, selection=selection)
+        config.update(offline_steps=interval, iql_steps=24, seed=4)
+        config, workdir = prepare(config, None, "my_script")
+        assert config.updates_per_call == expected
+        assert workdir == str(tmp_path / "runs" / "my_script" / "toy" / "4")
+        hash(config)
     assert jax.config.jax_default_matmul_precision == "float32"
 
 
