@@ -1,12 +1,44 @@
-"""Whether two finished runs are the same."""
+"""Killing runs at chosen moments, and comparing finished runs."""
 
+import contextlib
 import csv
 import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from common.run.checkpoint import load_checkpoint
+
+
+class Killed(BaseException):
+    """Ends a run where SIGKILL would: nothing is cleaned up."""
+
+
+@contextlib.contextmanager
+def interrupt(owner, name, call, action):
+    """Meanwhile calls `action` before the call-th call of owner.name (1 is the first)."""
+    work, calls = getattr(owner, name), []
+
+    def watched(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            action()
+        return work(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
+        yield
+
+
+def kill(main, config, workdir, owner, name, call):
+    """A run that is killed when it calls owner.name for the call-th time."""
+
+    def die():
+        raise Killed
+
+    with interrupt(owner, name, call, die), pytest.raises(Killed):
+        main(config, str(workdir))
 
 
 def rows_of(workdir, name="scores.csv") -> list[dict]:
@@ -15,19 +47,10 @@ def rows_of(workdir, name="scores.csv") -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def flat(tree, path="") -> dict:
-    """{path: array} of nested dictionaries."""
-    if not isinstance(tree, dict):
-        return {path: np.asarray(tree)}
-    return {k: v for key, child in tree.items() for k, v in flat(child, f"{path}/{key}").items()}
-
-
 def assert_same_state(a, b, names=("checkpoint", "checkpoint")):
-    """Two checkpoints agree in every bit of their states."""
-    states = [flat(load_checkpoint(str(x), name)) for x, name in zip((a, b), names, strict=True)]
-    assert states[0].keys() == states[1].keys()
-    for key, x in states[0].items():
-        np.testing.assert_array_equal(x, states[1][key], err_msg=key)
+    """Two checkpoints agree in every number."""
+    folders = zip((a, b), names, strict=True)
+    np.testing.assert_equal(*(load_checkpoint(str(folder), name) for folder, name in folders))
 
 
 def assert_same(a, b):

@@ -94,10 +94,9 @@ def test_a_drop_at_the_switch_is_named_if_the_coefficient_is_near_zero():
     assert named(offline + rows([80, 78, 20, 30, 82, 20], "online", **small)) == []
 
 
-def test_other_warnings():
+def test_a_thin_sub_dataset_is_named_by_the_batches_while_the_data_are_unknown():
     steady = rows([50] * 3, trusted_fraction=0.004)
-    assert named(steady, trusted=None) == ["thin sub-dataset"]  # by the batches
-    assert named(rows([50] * 3), trusted=None) == []
+    assert named(steady, trusted=None) == ["thin sub-dataset"]
 
 
 def written(folder, evaluations, **overrides):
@@ -108,22 +107,19 @@ def written(folder, evaluations, **overrides):
     return records
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_score_that_is_not_a_number_counts_as_what_it_is(value, tmp_path, capsys):
-    records = written(tmp_path, rows([50, value, 20]) + rows([value] * 3, seed=4))
+def test_a_score_that_is_not_a_number_counts_as_what_it_is(tmp_path, capsys):
+    records = written(tmp_path, rows([50, np.inf, 20]) + rows([np.nan] * 3, seed=4))
     found = warnings(records.config, DATA, records)
-    assert found[0].startswith(f"not a number (seed 3): the return is {value} at offline step 2000")
+    assert found[0].startswith("not a number (seed 3): the return is inf at offline step 2000")
     results = records.results() | {"algorithm": "", "task": "", "seeds": [3, 4], "warnings": found}
     results = as_json(results | {"n_stopped_at": [None, None]})
-    assert results["last"] == [20, None]
-    assert results["best"] == results["mean_last_10"] == [None, None]
+    assert (results["last"], results["best"]) == ([20, None], [None, None])
     plot_run(str(tmp_path / "a.png"), records, results, records.config)
     print_table(results)
-    assert capsys.readouterr().out.endswith(
-        "\nseed 3's last score, 20.000, is below the data's own, 30.000\n"
-    )
-    column = [(row["score"], row["success_rate"]) for row in rows_of(tmp_path)]
-    assert column == [(str(x), "") for x in (50.0, value, 20.0, value, value, value)]
+    last = "\nseed 3's last score, 20.000, is below the data's own, 30.000\n"
+    assert capsys.readouterr().out.endswith(last)
+    scores = [row["score"] for row in rows_of(tmp_path)]
+    assert scores == ["50.0", "inf", "20.0", "nan", "nan", "nan"]
     records.close()
 
 
@@ -131,10 +127,8 @@ def test_wandb_gets_settings_curves_and_final_scores(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(InputError, match="wandb=a .* pip install"):
         patch.setitem(sys.modules, "wandb", None)
         written(tmp_path, [], wandb="a")
-    why = "pip install wandb tensorboard to test --config.wandb"
-    wandb, _ = (pytest.importorskip(name, reason=why) for name in ("wandb", "tensorboard"))
-    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
-        monkeypatch.setenv(name, value)
+    wandb, _ = map(pytest.importorskip, ("wandb", "tensorboard"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
     records = written(tmp_path, rows([50, 20]) + rows([7, 8], seed=4), wandb="a")
     records.results()
     assert wandb.run.project == "a" and wandb.run.config["num_seeds"] == 2
@@ -162,12 +156,11 @@ def test_an_empty_sub_dataset_is_refused():
     for selection, data, words in (
         ("return", DATA, "lower --config.return_threshold, or use task custom, which needs none"),
         ("success", DATA, "give rewards of two values, for success and failure, or another"),
-        ("success", sparse, "no episode ends with the higher reward, so try selection=iql"),
         ("auto", sparse, "no episode ends with the higher reward, so try selection=iql"),
         ("iql", DATA, "lower --config.expectile, or raise --config.iql_steps"),
     ):
         with pytest.raises(InputError, match=f"={selection} finds no D̂ in toy: {words}"):
-            check_trusted(none, data, frozen(selection=selection, reward_bias=2.0))
+            check_trusted(none, data, frozen(selection=selection))
 
 
 def test_success_rates_are_judged_where_they_are_the_score():

@@ -9,7 +9,7 @@ import sys
 import jax
 import ml_collections
 import pytest
-from toys import tiny_config, toy_columns, write_hdf5
+from toys import tiny_config
 
 from common.data import d4rl
 from common.run.cli import ROOT, load_config
@@ -107,42 +107,29 @@ def test_every_task_is_in_the_table(script):
 
 NAN, INF = float("nan"), float("inf")
 IMPOSSIBLE = [
-    ("coefficient", "adaptiv", "is unknown: choose one of adaptive, fixed"),
     ("selection", "best", "is unknown: choose one of auto, none, return, success, iql"),
-    ("anneal", "exp", "is unknown"),
-    ("physics", "mujoco", "is unknown: choose one of d4rl, stock"),
-    ("matmul_precision", "tf32", "is unknown"),
     ("task", "../../x", "must be letters, digits, . _ and -, because it names a folder"),
     ("eval_interval", 18, "must be a multiple of --config.updates_per_call=20"),
     ("offline_steps", 50, "must be a multiple of --config.eval_interval=20"),
     ("online_steps", 50, "must be a multiple of --config.eval_interval=20"),
     ("update_period", 11, "must be a multiple of --config.policy_freq=2"),
-    ("policy_freq", 3, "must be a multiple of --config.policy_freq=3"),
     ("num_seeds", 0, "must be at least 1"),
     ("num_seeds", 99999, "must be at most 4096"),
-    ("update_period", 0, "must be at least 1"),
     ("eval_interval", 3 * 10**9, "must be at most 2147483647"),
-    ("batch_size", 10**9, "must be at most 1048576"),
-    ("expectile", 1.5, "must be at most 1"),
     ("discount", NAN, "must be at least 0"),
-    ("critic_lr", -1e-3, "must be at least 0"),
-    ("checkpoint_minutes", INF, "must be at most 1e+30"),
     ("reward_scale", INF, "must be at most 1e+30"),
-    ("return_threshold", NAN, "must be at least -1e+30"),
     ("hidden_dims", (), "must be whole numbers of at least 1, such as"),
-    ("reference", ("a", 1), "must be <random return>,<expert return>"),
+    ("hidden_dims", (1.5, 2), "must be whole numbers of at least 1, such as"),
+    ("reference", ("a", 1), "must be <random return>,<expert return>, such as -20.3,3234.3"),
     ("reference", (5, 1), "must be <random return>,<expert return>, such as -20.3,3234.3"),
     ("n_start", 4.0, "must be at most --config.n_end=3.0"),
-    ("seed", -1, "must be at least 0"),
     ("offline_steps", 0, "leaves nothing to do: give it or --config.online_steps"),
     ("coefficient_init", 0.0, "leaves nothing to adapt: give more, or coefficient=fixed"),
     ("dataset", None, "needs data: give --config.dataset="),
-    ("cql: num_sampled_actions", 0, "must be at least 1"),
     ("cql: cql_temperature", 0.0, "must be at least 1e-06"),
     ("cql: critic_layers", (3,), "must have a number of layers for each critic"),
     ("cql: clip_diff_min", NAN, "must be at least -1e+30"),
     ("cql: hidden_dims", (400, 300), "must be equal widths"),
-    ("cql: coefficient_init", -1.0, "coefficient_init=-1.0 must be at least 0"),
 ]
 
 
@@ -158,16 +145,24 @@ def test_impossible_settings_are_named(field, value, words):
     assert "--config." in str(error.value)
 
 
-def test_settings_that_depend_on_others():
+def test_settings_that_depend_on_others(tmp_path):
     check_settings(tiny_config(coefficient="fixed", return_threshold=None))
-    alone = {"offline_steps": 0, "online_steps": 40, "coefficient": "fixed"}
-    with pytest.raises(InputError, match="task=toy needs data: give --config.dataset="):
-        check_settings(tiny_config(dataset="", buffer_init="half", **alone))
-    check_settings(tiny_config(dataset="", buffer_init="none", eval_interval=5, **alone))
-    with pytest.raises(InputError, match="warmup_steps=40 leaves no update in --config.online_st"):
-        check_settings(tiny_config(online_steps=40, warmup_steps=40))
-    with pytest.raises(InputError, match=r"iql_steps=50 must be a multiple of .*call=20"):
-        check_settings(tiny_config(selection="iql", iql_steps=50))
+    alone = {"dataset": "", "offline_steps": 0, "online_steps": 40, "coefficient": "fixed"}
+    check_settings(tiny_config(buffer_init="none", eval_interval=5, **alone))
+    for words, refused in {
+        "task=toy needs data: give --config.dataset=": alone | {"buffer_init": "half"},
+        "=40 leaves no update in --config.onl": {"online_steps": 40, "warmup_steps": 40},
+        "iql_steps=50 must be a multiple of": {"selection": "iql", "iql_steps": 50},
+    }.items():
+        with pytest.raises(InputError, match=words):
+            check_settings(tiny_config(**refused))
+
+    config = tiny_config(offline_steps=20, online_steps=66, eval_interval=33)
+    with pytest.raises(InputError, match="must be a multiple of"):
+        check_settings(config)
+    (tmp_path / "config.json").write_text(json.dumps(as_json(config.to_dict())))
+    config.offline_checkpoint = str(tmp_path)  # its own steps alone must fit the interval
+    check_settings(config)
 
 
 # --------------------------------------------------------------------------- what is worked out
@@ -190,9 +185,8 @@ def test_a_settings_file_may_name_a_few_fields(tmp_path):
 
 def test_the_folder_is_named_after_what_is_given():
     config = ssar_td3bc.get_config("demo")
-    folder = lambda **given: default_folder(
-        "x", config, [f"--config.{k}={given[k]}" for k in given]
-    )
+    flags = lambda given: [f"--config.{field}={value}" for field, value in given.items()]
+    folder = lambda **given: default_folder("x", config, flags(given))
     assert folder() == folder(seed=3, cache_dir="/x") == "runs/x/demo/0"
     assert folder(n_end=5.0, coefficient="fixed") == "runs/x/demo-coefficient=fixed-n_end=5.0/0"
     assert folder(dataset="d4rl:../my data.hdf5") == "runs/x/demo-dataset=d4rl_.._my_data.hdf5/0"
@@ -204,31 +198,15 @@ def test_the_folder_is_named_after_what_is_given():
 def test_paths_are_complete_and_files_are_found_from_anywhere(tmp_path, monkeypatch):
     """In a folder whose name has a meaning for patterns, URLs and formats."""
     folder = tmp_path / "a [b] {c} #1 ?d=%20 β"
-    folder.mkdir()
-    (folder / "my.hdf5").write_text("")
+    (folder / "0").mkdir(parents=True)
+    (folder / "0" / "config.json").write_text(json.dumps(as_json(tiny_config().to_dict())))
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.chdir(folder)
-    (folder / "0").mkdir()
-    (folder / "0" / "config.json").write_text(json.dumps(as_json(tiny_config().to_dict())))
     config = tiny_config(offline_checkpoint="0", online_steps=40, cache_dir="~/x")
     config.dataset = "d4rl:my.hdf5"
     config, workdir = prepare(config, "~/run", "my_script")
     assert (config.dataset_path, workdir) == (f"{folder}/my.hdf5", f"{folder}/run")
     assert (config.offline_checkpoint, config.cache_dir) == (f"{folder}/0", f"{folder}/x")
-
-
-STRICT = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-STRICT |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_TRANSFER_GUARD": "disallow"}
-
-
-@pytest.mark.slow
-def test_strict_modes_of_jax_that_the_shell_sets_do_no_harm(tmp_path):
-    data, env = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(120)), os.environ | STRICT
-    settings = f"from toys import *; get_config = lambda: tiny_config({data!r}, 'ssar_cql', "
-    (tmp_path / "my.py").write_text(f"{settings}offline_steps=20, online_steps=20)")
-    command = [sys.executable, f"{ROOT}/ssar_cql.py", f"--config={tmp_path}/my.py"]
-    command.append(f"--workdir={tmp_path}/run")
-    subprocess.run(command, env=env | {"PYTHONPATH": f"{ROOT}/tests"}, check=True)
 
 
 def test_a_platform_that_is_not_there_is_named():
@@ -241,14 +219,9 @@ def test_a_platform_that_is_not_there_is_named():
 
 def test_prepare_fits_the_size_of_a_call_and_freezes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes = {(250, 20, "none"): 20, (8, 20, "none"): 4, (250, 36, "iql"): 12, (1, 20, "none"): 1}
-    for (most, interval, selection), expected in sizes.items():
+    for most, interval, selection, expected in ((8, 20, "none", 4), (250, 36, "iql", 12)):
         config = tiny_config(updates_per_call=most, eval_interval=interval, selection=selection)
         config.update(offline_steps=interval, iql_steps=24, seed=4)
-        if expected % 2:
-            with pytest.raises(InputError, match="updates_per_call=1 must be a multiple of .*freq"):
-                prepare(config, None, "my_script")
-            continue
         config, workdir = prepare(config, None, "my_script")
         assert config.updates_per_call == expected
         assert workdir == str(tmp_path / "runs" / "my_script" / "toy" / "4")
@@ -256,43 +229,35 @@ def test_prepare_fits_the_size_of_a_call_and_freezes(tmp_path, monkeypatch):
     assert jax.config.jax_default_matmul_precision == "float32"
 
 
-@pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
-@pytest.mark.parametrize("steps", [20_000, 100_000, 999_982, 50, 2])
-def test_a_short_run_is_scaled_to_settings_that_work(script, steps):
+@pytest.mark.parametrize(("script", "lr"), [("ssar_td3bc", 3e-8), ("ssar_cql", 1e-8)])
+@pytest.mark.parametrize("steps", [20_000, 999_982, 50, 2])
+def test_a_short_run_is_scaled_to_settings_that_work(script, lr, steps):
     task = f"{ROOT}/configs/{script}.py:hopper-medium-replay-v2"
     config = load_config(script, task, [f"--config.offline_steps={steps}"])
     share = steps / 1_000_000
-    check_settings(prepare_only_settings(config))
     assert config.offline_steps == steps
-    lr = {"ssar_td3bc": 3e-8, "ssar_cql": 1e-8}[script]
     assert config.coefficient_lr == pytest.approx(lr / share)
-    if steps in (20_000, 100_000):
-        assert config.update_period == 50_000 * share
-        assert config.eval_interval == 5_000 * share
+    if steps == 20_000:
+        assert (config.update_period, config.eval_interval) == (50_000 * share, 5_000 * share)
         assert config.iql_steps == steps
-
-
-def prepare_only_settings(config):
-    config = ml_collections.ConfigDict(config)
     config.updates_per_call = math.gcd(config.eval_interval, config.iql_steps)
-    return config
+    check_settings(config)
 
 
 def test_only_what_is_not_given_is_scaled():
-    task = f"{ROOT}/configs/ssar_td3bc.py:hopper-medium-v2"
-    given = ["--config.update_period=400", "--config.coefficient_lr=0.001"]
-    config = load_config("ssar_td3bc", task, [*given, "--config.offline_steps=20000"])
+    def load(task, **settings):
+        flags = [f"--config.{field}={value}" for field, value in settings.items()]
+        return load_config("ssar_td3bc", f"{ROOT}/configs/ssar_td3bc.py:{task}", flags)
+
+    task = "hopper-medium-v2"
+    config = load(task, update_period=400, coefficient_lr=0.001, offline_steps=20_000)
     assert (config.update_period, config.coefficient_lr, config.eval_interval) == (400, 1e-3, 100)
-    both = ["--config.offline_steps=100000", "--config.online_steps=30000"]
-    config = load_config("ssar_td3bc", task, both)
+    config = load(task, offline_steps=100_000, online_steps=30_000)
     assert config.online_steps % config.eval_interval == 0 and config.eval_interval == 500
-    for own in ("custom", "ogbench"):  # β_φ would outrun the critics
-        file = f"{ROOT}/configs/ssar_td3bc.py:{own}"
-        config = load_config("ssar_td3bc", file, ["--config.offline_steps=20000"])
-        assert (config.update_period, config.coefficient_lr) == (1_000, 3e-8)
-    unchanged = load_config("ssar_td3bc", task, ["--config.seed=3"])
-    assert unchanged.update_period == 50_000
-    in_file = ssar_td3bc.get_config("hopper-medium-v2")
+    config = load("custom", offline_steps=20_000)  # β_φ would outrun the critics
+    assert (config.update_period, config.coefficient_lr) == (1_000, 3e-8)
+    assert load(task, seed=3).update_period == 50_000
+    in_file = ssar_td3bc.get_config(task)
     in_file.offline_steps = 1_000  # by a settings file, which sets the others itself
     scale_settings(in_file, {"seed": 3})
     assert in_file.update_period == 50_000
@@ -310,15 +275,3 @@ def test_a_run_that_goes_online_takes_over_its_settings(script, tmp_path):
     if script == "ssar_cql":  # a field of two names
         config = load_config(script, None, [*flags, "--config.cql_alpha=5.0"])
         assert config.cql_alpha == config.coefficient_init == 5.0
-    other = {"ssar_td3bc": "ssar_cql", "ssar_cql": "ssar_td3bc"}[script]
-    with pytest.raises(InputError, match="is a run of another script, with "):
-        check_settings(load_config(other, None, flags))
-
-
-def test_online_only_its_own_steps_must_fit_the_interval(tmp_path):
-    config = tiny_config(offline_steps=20, online_steps=66, eval_interval=33)
-    with pytest.raises(InputError, match="must be a multiple of"):
-        check_settings(config)
-    (tmp_path / "config.json").write_text(json.dumps(as_json(config.to_dict())))
-    config.offline_checkpoint = str(tmp_path)
-    check_settings(config)

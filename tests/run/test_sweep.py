@@ -1,6 +1,5 @@
 """Sweeps: what runs, what is skipped and what resumes; here and on a stand-in for SLURM."""
 
-import csv
 import json
 import os
 import re
@@ -13,23 +12,26 @@ from pathlib import Path
 
 import filelock
 import pytest
-from toys import toy_columns, write_hdf5
+from comparing import rows_of
 
 from experiments.sweep import main
 
 ROOT = Path(__file__).parents[2]
 TASKS = ["--tasks", "hopper-medium-v2", "walker2d-medium-v2"]
 
-# In place of an algorithm: every result is the seed; a discount of 0 fails.
+# In place of an algorithm: every result is the seed, it takes checkpoint_minutes in seconds, and a
+# discount of 0 fails.
 SCRIPT = """
 import json, os, time
-from common.run import InputError, prepare
+from common.run import InputError, prepare, stopping
 from common.run.cli import run
 def main(config, workdir, resume):
     config, workdir = prepare(config, workdir, NAME, resume)
     os.makedirs(workdir, exist_ok=True)
     print("started", file=open(workdir + ".starts", "a"), flush=True)
-    time.sleep(config.checkpoint_minutes)
+    for _ in range(int(10 * config.checkpoint_minutes)):
+        stopping.stop_if_told()
+        time.sleep(0.1)
     if not config.discount:
         raise InputError("no such discount")
     seeds = [config.seed + i for i in range(config.num_seeds)]
@@ -44,28 +46,12 @@ def main(config, workdir, resume):
 run(main, NAME)
 """
 
-# A queue that starts everything at once, and the tasks of an array one after the other.
-SBATCH = r"""#!/bin/bash
-path=${@: -1}
-cat $path >> $QUEUE/scripts
-export SLURM_ARRAY_JOB_ID=$((100 + $(ls $QUEUE | wc -l))) SLURM_PROCID=0 SLURM_LOCALID=0
-export SLURM_JOB_ID=$SLURM_ARRAY_JOB_ID SLURM_NODEID=0
-tasks=$(seq 0 $(sed -n 's/.*--array=0-\([0-9]*\).*/\1/p' $path))
-for i in $tasks; do echo PENDING > $QUEUE/${SLURM_JOB_ID}_$i; done
-setsid bash -c 'for i in $1; do state=$QUEUE/${SLURM_JOB_ID}_$i; echo RUNNING > $state
-SLURM_ARRAY_TASK_ID=$i bash $0; echo COMPLETED > $state; done' $path "$tasks" &> /dev/null &
-echo Submitted batch job $SLURM_JOB_ID
-"""
-SRUN = """#!/bin/bash
-while [[ $1 == -* ]]; do [[ $1 == *=* || $1 == --unbuffered ]] || shift; shift; done
-log=$LOGS/${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_0_log
-exec "$@" >> $log.out 2>> $log.err
-"""
-SACCT = """#!/bin/bash
-echo "JobID|State|NodeList"
-cd $QUEUE
-for name in [0-9]*; do echo "$name|$(cat $name)|here"; done
-"""
+# Stand-ins for SLURM: a queue that keeps the script of a job and never starts it.
+SLURM = {
+    "sbatch": 'cat "${@: -1}" >> $QUEUE; echo Submitted batch job 7',
+    "sacct": "echo 'JobID|State|NodeList'; for i in 0 1; do echo \"7_$i|PENDING|\"; done",
+    "srun": "",
+}
 
 
 @pytest.fixture
@@ -95,63 +81,44 @@ def starts(folder):
     return {str(x.relative_to(folder).with_suffix("")): len(x.read_text().split()) for x in paths}
 
 
-@pytest.mark.slow
-def test_varied_settings_make_a_grid(project, tmp_path):
-    grid = ("--tasks=demo", "--seeds=1", "--vary", "n_end=2.0,3.0", "discount=0.5,0.9")
-    done = sweep(project, tmp_path / "sweep", *grid)
-    assert done.returncode == 0, done.stderr
-    places = [f"demo-n_end={n}-discount={d}" for n in ("2.0", "3.0") for d in (0.5, 0.9)]
-    assert starts(tmp_path / "sweep") == {f"ssar_td3bc/{place}/0": 1 for place in places}
-    rows = list(csv.DictReader((tmp_path / "sweep" / "table.csv").open()))
-    assert {row["task"] for row in rows} == {"demo"} and len({row["label"] for row in rows}) == 4
-    refused = sweep(project, tmp_path / "other", *grid[:3], "n_ends=2.0")
-    assert "no field 'n_ends'" in refused.stderr and refused.returncode == 1
-
-
 def test_finished_runs_are_skipped_and_the_table_grows(project, tmp_path):
     folder, two = tmp_path / "sweep", "--seeds-per-run=2"
     short = ("--", "--config.offline_steps=1000")  # refused unless the rest is scaled
-    done = sweep(project, folder, *TASKS, "--seeds=2", two, "--parallel=2", *short)
+    gpus = {"CUDA_VISIBLE_DEVICES": "GPU-8f3a, MIG-5c21"}
+    done = sweep(project, folder, *TASKS, "--seeds=2", two, "--parallel=2", *short, **gpus)
     assert done.returncode == 0, done.stderr
-    runs = {f"ssar_td3bc/{task}/0": 1 for task in TASKS[1:]}
-    assert starts(folder) == runs
-    rows = csv.DictReader((folder / "table.csv").open())
+    runs = [f"ssar_td3bc/{task}/0" for task in TASKS[1:]]
+    assert starts(folder) == dict.fromkeys(runs, 1)
+    used = [json.loads((folder / run / "results.json").read_text())["gpus"] for run in runs]
+    assert used == ["GPU-8f3a", "MIG-5c21"]  # each has one of its own
+    rows = rows_of(folder, "table.csv")
     found = [(x["task"], x["seeds"], x["last"], x["last_low"], x["last_high"]) for x in rows]
     assert found == [(task, "2", "0.5", "0.0", "1.0") for task in TASKS[1:]]
     assert all((folder / f"{task}.png").stat().st_size for task in TASKS[1:])
 
     variant = ("--algorithms", "ssar_td3bc", "my_variant", "--tasks", *2 * ["hopper-medium-v2"])
-    done = sweep(project, folder, *variant, "--seeds=4", two, *short)
-    assert "4 runs, 1 of them finished" in done.stdout  # though the task is named twice
-    new = ("ssar_td3bc/hopper-medium-v2/2", *(f"my_variant/hopper-medium-v2/{i}" for i in (0, 2)))
-    assert starts(folder) == runs | dict.fromkeys(new, 1)
+    done = sweep(project, folder, *variant, "--seeds=2", two, *short)
+    assert "2 runs, 1 of them finished" in done.stdout  # though the task is named twice
+    assert starts(folder) == dict.fromkeys([*runs, "my_variant/hopper-medium-v2/0"], 1)
     table = done.stdout.partition("hopper-medium-v2\n")[2].partition("walker2d")[0]
-    assert re.search(r"my_variant +4 +1.5 \[ .*\nssar_td3bc +4 +1.5 \[ ", table)
+    assert re.search(r"my_variant +2 +0.5 \[ .*\nssar_td3bc +2 +0.5 \[ ", table)
 
     done = sweep(project, folder, *TASKS, "--seeds=2", *short, "--config.discount=0.9")
     assert done.returncode == 1
     assert "discount=0.9 (there 0.99), num_seeds=1 (there 2): choose another" in done.stderr
 
 
-@pytest.mark.parametrize("visible", ["GPU-8f3a, MIG-5c21", "3,5,7", ""])
-def test_each_run_gets_a_gpu_of_its_own_by_whatever_name(visible, project, tmp_path):
-    arguments = (*TASKS, "--seeds=1", "--parallel=2")
-    done = sweep(project, tmp_path, *arguments, CUDA_VISIBLE_DEVICES=visible)
-    assert done.returncode == 0, done.stderr
-    paths = [tmp_path / "ssar_td3bc" / task / "0" / "results.json" for task in TASKS[1:]]
-    given = [json.loads(path.read_text())["gpus"] for path in paths]
-    assert given == (visible.replace(" ", "").split(",") * 2)[:2]
-
-
-def test_a_run_that_fails_is_named_and_the_others_run(project, tmp_path):
-    folder, arguments = tmp_path / "sweep", (*TASKS, "--seeds=1", "--", "--config.discount=0.0")
+def test_settings_vary_and_a_run_that_fails_is_named(project, tmp_path):
+    folder = tmp_path / "sweep"
+    arguments = ("--tasks=demo", "--seeds=1", "--vary", "n_end=2.0", "discount=0.0,0.9")
     done = sweep(project, folder, *arguments)
-    assert done.returncode == 1
-    assert len(starts(folder)) == 2
-    for task in TASKS[1:]:
-        assert f"ssar_td3bc/{task}/0 failed: ssar_td3bc: no such discount" in done.stderr
-    assert "sweep: 2 of 2 runs failed" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    failed, finished = (f"ssar_td3bc/demo-n_end=2.0-discount={x}/0" for x in ("0.0", "0.9"))
+    assert starts(folder) == {failed: 1, finished: 1}
+    assert f"{failed} failed: ssar_td3bc: no such discount" in done.stderr
+    assert "sweep: 1 of 2 runs failed" in done.stderr
+    (row,) = rows_of(folder, "table.csv")
+    assert (row["task"], row["last"]) == ("demo", "0.0")
     with filelock.FileLock(folder / "lock"):
         assert "in use by another sweep" in sweep(project, folder, *arguments).stderr
 
@@ -164,7 +131,6 @@ def test_a_run_that_fails_is_named_and_the_others_run(project, tmp_path):
         ([*TASKS, "--", "--config.seed=1"], "leave --config.seed=1 out: the sweep sets the seeds"),
         ([*TASKS, "--seeds=3", "--seeds-per-run=2"], "must be a multiple of --seeds-per-run"),
         ([*TASKS, "--", "--config.discount=2.0"], "ssar_td3bc, hopper-medium-v2: --config.disc"),
-        ([*TASKS, "--parallel=0"], "--parallel must be at least 1"),
         ([*TASKS, "--parallel=2"], "each need more GPUs than CUDA_VISIBLE_DEVICES"),
         ([*TASKS, "--slurm", "gpu"], "such as partition=gpu, not gpu"),
         ([*TASKS, "--cluster=slurm"], "SLURM is not on this machine"),
@@ -181,50 +147,40 @@ def test_mistakes_are_named_before_anything_starts(arguments, words, tmp_path, c
 @pytest.mark.slow
 def test_slurm_gets_one_array_and_what_is_queued_is_not_submitted_again(project, tmp_path):
     folder, queue, tools = tmp_path / "sweep", tmp_path / "queue", tmp_path / "bin"
-    queue.mkdir()
     tools.mkdir()
-    for name, code in {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT}.items():
-        (tools / name).write_text(code)
+    for name, code in SLURM.items():
+        (tools / name).write_text(f"#!/bin/bash\n{code}\n")
         (tools / name).chmod(0o755)
-    env = {"PATH": f"{tools}:{os.environ['PATH']}", "QUEUE": f"{queue}", "LOGS": f"{folder}/jobs"}
+    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "QUEUE": str(queue)}
     arguments = [*TASKS, "--seeds=1", "--cluster=slurm", "--hours=2", "--gpus=1", "--parallel=2"]
-    arguments += ["--slurm", "partition=gpu", "account=rl", "--", "--config.checkpoint_minutes=9"]
-    command = command_of(project, folder, *arguments)
-    first = subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, text=True)
-    while first.poll() is None and not starts(folder):
-        time.sleep(0.1)
-    first.send_signal(signal.SIGINT)  # it stops waiting; the queue keeps its jobs
-    assert "submitted" in first.communicate()[0]
-    assert first.returncode == 130
-    done = sweep(project, folder, *arguments, **env)
-    assert done.returncode == 0, done.stderr
-    assert "2 are queued or running already" in done.stdout
-    assert starts(folder) == {f"ssar_td3bc/{task}/0": 1 for task in TASKS[1:]}
-    text = (queue / "scripts").read_text()
+    command = command_of(project, folder, *arguments, "--slurm", "partition=gpu", "account=rl")
+    for words in ("2 submitted", "2 are queued or running already"):
+        waiting = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        lines = waiting.stdout.readline() + waiting.stdout.readline()
+        waiting.send_signal(signal.SIGINT)  # it stops waiting; the queue keeps its jobs
+        waiting.communicate()
+        assert waiting.returncode == 130 and f"\n{words}" in lines
+    text = queue.read_text()
     for option in "array=0-1%2 time=120 gpus-per-node=1 partition=gpu account=rl signal=".split():
         assert text.count(f"#SBATCH --{option}") == 1, option
 
+    numbers = {"JOB_ID": 7, "ARRAY_JOB_ID": 7, "ARRAY_TASK_ID": 1, "PROCID": 0, "LOCALID": 0}
+    env |= {f"SLURM_{name}": str(x) for name, x in numbers.items()} | {"SUBMITIT_EXECUTOR": "slurm"}
+    job = [sys.executable, "-m", "submitit.core._submit", folder / "jobs"]  # as in the script
+    subprocess.run(job, env=env, check=True)
+    assert starts(folder) == {f"ssar_td3bc/{TASKS[2]}/0": 1}
 
-@pytest.mark.slow
-def test_a_stopped_sweep_stops_its_runs_and_resumes_them(tmp_path):
-    data = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(300))
-    folder = tmp_path / "sweep"
-    command = command_of(ROOT, folder, "--tasks", "custom", "--seeds=1", "--")
-    settings = "env=toys:ssar-test/Walk-v0 selection=none eval_interval=20 offline_steps=2000"
-    settings += " hidden_dims=(16,16) coefficient_hidden_dims=(16,) checkpoint_minutes=60.0"
-    settings += f" eval_episodes=1 batch_size=16 dataset=d4rl:{data}"
-    command += [f"--config.{setting}" for setting in settings.split()]
-    env, run = os.environ | {"PYTHONPATH": f"{ROOT}/tests"}, folder / "ssar_td3bc/custom/0"
-    first = subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.PIPE)
-    while first.poll() is None and not (run / "scores.csv").exists():
+
+def test_a_stopped_sweep_stops_its_runs_and_starts_them_again(project, tmp_path):
+    folder, log = tmp_path / "sweep", tmp_path / "sweep/jobs/ssar_td3bc/demo/0.log"
+    arguments = ("--tasks=demo", "--seeds=1", "--", "--config.checkpoint_minutes=")
+    command = command_of(project, folder, *arguments[:-1], f"{arguments[-1]}99")
+    first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while first.poll() is None and not starts(folder):
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does
-    assert b"Traceback" not in first.communicate()[1]
-    assert first.returncode == 130
-    rows = (run / "scores.csv").read_text()
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "Traceback" not in first.communicate()[1]
+    assert first.returncode == 130 and "stopped by SIGTERM" in log.read_text()
+    done = sweep(project, folder, *arguments[:-1], f"{arguments[-1]}0")
     assert done.returncode == 0, done.stderr
-    assert (run / "scores.csv").read_text().startswith(rows)
-    steps = [int(row["step"]) for row in csv.DictReader((run / "scores.csv").open())]
-    assert steps == list(range(20, 2001, 20))
-    assert json.loads((run / "results.json").read_text())["seeds"] == [0]
+    assert starts(folder) == {"ssar_td3bc/demo/0": 2}

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from common.run import InputError, Run, load_offline, prepare, save_checkpoint
@@ -144,7 +143,3 @@ def main(config, workdir=None, resume=True, met=lambda *_: None):
         state = finetune(state, run, config, met)
     save_checkpoint(run.workdir, "checkpoint", state, trusted, dataset)
     return run.finish(np.array([-1, 12]), trusted)
-
-
-def frozen(**overrides):
-    return ml_collections.FrozenConfigDict(toy_config(**overrides))
