@@ -21,7 +21,8 @@ def check_trusted(trusted, dataset, config) -> None:
             "return": "lower --config.return_threshold, or use task custom, which needs none",
             "iql": "lower --config.expectile, or raise --config.iql_steps",
         }
-        fix = fixes.get(config.selection, "give rewards of two values, the higher at a success")
+        fix = "it needs two rewards and episodes that end with the higher, so try selection=iql"
+        fix = fixes.get(config.selection, fix)
         what = f"selection={config.selection} finds no D̂ in {dataset.source}"
         raise InputError(f"{what}: {fix}")
 

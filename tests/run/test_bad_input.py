@@ -116,10 +116,10 @@ TABLE = {
     "a negative length": (field(offline_steps=-10), "offline_steps=-10 must be at least 0"),
     "a float for an int": (field(offline_steps="1.5"), "offline_steps=1.5 must be of type int"),
     "no truth value": (field(loosen_bound="no"), "loosen_bound=no must be of type bool"),
-    "a text for a truth": ("--config={folder}/text.py", "loosen_bound=yes must be a bool"),
+    "a text for a truth": ("--config={folder}/text.py", "has a value of a wrong type (TypeError"),
     "a file that fails": ("--config={folder}/fails.py", "loaded (ModuleNotFoundError: No mod"),
     "no settings file": ("--config=configs/none.py", "none.py cannot be loaded"),
-    "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "a field 'backup_entropy'"),
+    "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "lacks: backup_entropy"),
     "no such task": (f"--config={ROOT}/configs/ssar_td3bc.py:hoper", "unknown task 'hoper' in "),
     "the task as a field": (field(task="x"), "did you mean --config=<file>:<task>?"),
     "a typing error": (field(nseeds=2), "no field 'nseeds': did you mean seed or num_seeds?"),
@@ -134,7 +134,7 @@ TABLE = {
     ),
     # --- run folders ---
     "nobody's home": ("--workdir=~nobody_here/x", "~nobody_here/x names no folder: give"),
-    "a file for a folder": (RUN + "file", "file is a file: choose another folder"),
+    "a file for a folder": (RUN + "file", "file cannot be used (NotADirectoryError"),
     "somebody's files": (RUN + "thesis", "thesis holds files that are no run: choose another"),
     "not to be written": ("--workdir=/proc/x", "/proc/x cannot be made (FileNotFoundError"),
     "another run's": (

@@ -1,6 +1,7 @@
 """Failure signatures, warnings and likely causes, from made-up evaluations."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,16 +9,17 @@ import pytest
 from comparing import rows_of
 from toys import frozen
 
+from common.data.dataset import Dataset
 from common.run.diagnosis import broken_parts, check_trusted, warnings
 from common.run.errors import InputError
 from common.run.plot import plot_run
 from common.run.records import Records, print_table
 from common.run.workdir import as_json
 
-DATA = SimpleNamespace(rewards=np.ones(4, np.float32), returns=np.full(1, 30.0), physics="stock",
-                       reference=(0.0, 100.0), behaviour=30.0, source="toy", unit="score",
-                       scored_by_success=False, fingerprint="0", env=SimpleNamespace(id="toy"),
-                       episode_ends=np.array([0, 0, 0, 1], bool))  # fmt: skip
+# One episode of return 30.
+DATA = Dataset(*np.zeros((6, 4)), env=SimpleNamespace(id="toy"), source="toy", normalizer=None,
+               fingerprint="0", reference=(0.0, 100.0), unit="normalised score")  # fmt: skip
+DATA = replace(DATA, rewards=np.full(4, 7.5), episode_ends=np.array([0, 0, 0, 1], bool))
 BETA = {"beta_min": 1.0, "beta_mean": 1.0, "beta_max": 1.0, "anneal": 1.0}
 
 
@@ -55,7 +57,7 @@ GROWS, SWITCH = "collapse while n grows", "drop at the switch with β near zero"
 def test_a_collapse_is_named_with_what_became_of_n_and_beta():
     (text,) = warned(rows(FORGOTTEN, n=1 + 0.2 * np.arange(14), beta_mean=1.45))
     assert text == (
-        "collapse while n grows (seed 3): the return fell from 22 around offline step 7000 to at "
+        "collapse while n grows (seed 3): the score fell from 22 around offline step 7000 to at "
         "most 2 from offline step 8000 on; n 2.2 → 3, mean β 1.45 → 1.45 (at most 1.5); raise "
         "update_period or lower n_end, and raise coefficient_init"
     )
@@ -77,11 +79,11 @@ def test_noise_is_rarely_called_a_collapse():
 
 
 def test_a_score_near_zero_is_named():
-    thin, poor = "near-zero score with a thin sub-dataset", vars(DATA) | {"returns": np.zeros(1)}
+    thin, poor = "near-zero score with a thin sub-dataset", replace(DATA, rewards=np.zeros(4))
     assert named(rows([0, 1, 0, 2, 1, 0]), trusted=0.02) == [thin]
     assert named(rows([0, 1, 0, 2]), trusted=0.02) == []  # less than half way
     assert named(rows([0, 1, 0, 2, 1, 0])) == ["near-zero score"]
-    assert named(rows([0, 1, 0, 2, 1, 0]), data=SimpleNamespace(**poor)) == []  # nor do the data
+    assert named(rows([0, 1, 0, 2, 1, 0]), data=poor) == []  # nor do the data
     assert named(rows([0, 1, 0, 2, 30, 40, 35]), trusted=0.02) == []
 
 
@@ -110,7 +112,7 @@ def written(folder, evaluations, **overrides):
 def test_a_score_that_is_not_a_number_counts_as_what_it_is(tmp_path, capsys):
     records = written(tmp_path, rows([50, np.inf, 20]) + rows([np.nan] * 3, seed=4))
     found = warnings(records.config, DATA, records)
-    assert found[0].startswith("not a number (seed 3): the return is inf at offline step 2000")
+    assert found[0].startswith("not a number (seed 3): the score is inf at offline step 2000")
     results = records.results() | {"algorithm": "", "task": "", "seeds": [3, 4], "warnings": found}
     results = as_json(results | {"n_stopped_at": [None, None]})
     assert (results["last"], results["best"]) == ([20, None], [None, None])
@@ -152,11 +154,11 @@ def test_an_empty_sub_dataset_is_refused():
     check_trusted(none | [True, False, False, False], DATA, frozen())
     check_trusted(np.zeros((2, 0), bool), DATA, frozen())  # no data
     none[0] = True  # the second seed still trusts nothing
-    sparse = SimpleNamespace(**vars(DATA) | {"rewards": np.float32([0, 0, 1, 0])})
+    sparse = replace(DATA, rewards=np.float32([0, 0, 1, 0]))
     for selection, data, words in (
         ("return", DATA, "lower --config.return_threshold, or use task custom, which needs none"),
-        ("success", DATA, "give rewards of two values, for success and failure, or another"),
-        ("auto", sparse, "no episode ends with the higher reward, so try selection=iql"),
+        ("success", DATA, "it needs two rewards and episodes that"),
+        ("auto", sparse, "it needs .* so try selection=iql"),
         ("iql", DATA, "lower --config.expectile, or raise --config.iql_steps"),
     ):
         with pytest.raises(InputError, match=f"={selection} finds no D̂ in toy: {words}"):
@@ -165,12 +167,12 @@ def test_an_empty_sub_dataset_is_refused():
 
 def test_success_rates_are_judged_where_they_are_the_score():
     """Returns there depend on how long an episode may last."""
-    play = SimpleNamespace(**vars(DATA) | {"scored_by_success": True, "reference": None})
-    play.returns = np.full(3, -1000.0)
+    play = replace(DATA, unit="success rate in %", reference=None)
 
     def found(rates, trusted=0.5):
-        own = [{"success_rate": rate, "return_mean": rate - 200} for rate in rates]
-        evaluations = [row | x for row, x in zip(rows(rates), own, strict=True)]
+        evaluations = rows(100 * np.array(rates))
+        for row, rate in zip(evaluations, rates, strict=True):
+            row |= {"success_rate": rate, "return_mean": rate - 200}
         return named(evaluations, trusted, play)
 
     assert found([0.0] * 10, trusted=0.05) == ["near-zero score with a thin sub-dataset"]

@@ -280,11 +280,12 @@ run.log(1, {"x": slow(jnp.ones((300, 300)))})
 
 NOT_FINITE = [
     # The phase, what its compiled call number `call` spoils, and what the message names
-    ("iql", 6, ["critic"], "critic not finite in updates 21 to 24"),
-    ("offline", 6 + 5, ["margin", "critic_loss"], "critic_loss, margin not finite in updates 17"),
-    ("offline", 6 + 6, ["critic"], "critic not finite in updates 21 to 24"),
-    ("online", 6 + 9 + 3, ["critic"], "critic_loss not finite in environment step 9"),
-]
+    ("iql", 6, ["critic"], "critic not finite between iql steps 20 and 24"),
+    ("offline", 6 + 5, ["margin", "critic_loss"],
+     "critic_loss, margin not finite between offline steps 16 and 20"),
+    ("offline", 6 + 6, ["critic"], "critic not finite between offline steps 20 and 24"),
+    ("online", 6 + 9 + 3, ["critic"], "critic_loss not finite between online steps 8 and 9"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("phase", "call", "spoiled", "words"), NOT_FINITE)
@@ -302,7 +303,7 @@ def test_divergence_stops_at_once_and_is_never_saved(
         return state, metrics
 
     monkeypatch.setattr(toy_script, "train", broken)
-    with pytest.raises(Diverged, match=rf"diverged: {words}.* \({phase}\): lower") as error:
+    with pytest.raises(Diverged, match=f"diverged: {words}: lower") as error:
         main(toy_config(**ONLINE), str(tmp_path))
     newest, kept = checkpoint.load_newest(str(tmp_path / "unfinished")), "no checkpoint was due"
     if newest:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -169,8 +170,8 @@ def test_a_run_that_diverges_keeps_what_it_had(tmp_path):
             ssar_td3bc.main(config, str(tmp_path / "run"))
         messages.add(str(error.value))
     (message,) = messages
-    last, first = (int(message.split(word)[1].split()[0]) for word in (" to ", "updates "))
-    assert last - first == config.updates_per_call - 1
-    done = (first - 1) // 20 * 20
+    first, last = map(int, re.search(r"between offline steps (\d+) and (\d+)", message).groups())
+    assert last - first == config.updates_per_call
+    done = first // 20 * 20
     assert done and f"the last finite checkpoint, offline step {done}, stays in" in message
     assert len(rows_of(tmp_path / "run")) == 2 * done // 20

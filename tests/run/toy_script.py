@@ -35,11 +35,13 @@ class Scores:
     episode_ends = np.array([0, 0, 1, 0, 0, 1], bool)
     normalizer = SimpleNamespace(mean=np.zeros(2, np.float32), std=np.ones(2, np.float32))
     env, physics, source = SimpleNamespace(id="Toy-v0"), "stock", "toy"
-    fingerprint, reference, scored_by_success = "0" * 16, None, False
-    behaviour, unit = -2.5, "return"
+    fingerprint, behaviour, unit = "0" * 16, -2.5, "return"
 
     def score(self, value, success):
         return value
+
+    def spread(self, row):
+        return row["return_std"]
 
 
 def toy_config(**overrides):
