@@ -1,9 +1,11 @@
 """What both scripts promise: a scan is a loop, seeds train alone, β_φ, n and D̂ follow the rules.
 
-Code that the scripts repeat is tested in ssar_td3bc; test_scripts.py compares the copies.
+Code that the scripts repeat is tested in ssar_td3bc; the first test compares the copies.
 """
 
+import ast
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -26,8 +28,37 @@ from helpers import (
 )
 from toys import arrays, same_bits
 
+import ssar_cql
 import ssar_td3bc
 from common.seeds import Seeds
+
+# Where the algorithms differ. Everything else that both scripts define is repeated verbatim.
+DIFFERENT = set(
+    """
+    Noise TrainState actor critic critics critic_loss actor_loss log_likelihood_margin
+    init_state sample_noise update_step train_interval act explore online_update finetune
+    make_transitions
+    """.split()
+)
+
+
+def definitions(ssar):
+    """{name: source} of what a script defines at module scope, in order."""
+    found, text = {}, Path(ssar.__file__).read_text()
+    for node in ast.parse(text).body:
+        for named in (node, *getattr(node, "targets", [])):
+            name = getattr(named, "name", getattr(named, "id", None))
+            if name:
+                found[name] = ast.get_source_segment(text, node)
+    return found
+
+
+def test_repeated_definitions_are_identical_and_in_the_same_order():
+    td3bc, cql = definitions(ssar_td3bc), definitions(ssar_cql)
+    shared = [name for name in td3bc if name in cql]
+    assert shared == [name for name in cql if name in td3bc]
+    assert {name for name in shared if td3bc[name] != cql[name]} == DIFFERENT
+
 
 # ------------------------------------------------------------------------------ scan and seeds
 
@@ -63,7 +94,6 @@ def test_each_seed_trains_as_if_alone_in_turns_bit_for_bit(ssar):
     trusted = jnp.asarray(np.random.default_rng(1).random((3, 200)) < shares, jnp.float32)
     start, labelled = new_states(ssar, config, 3), data._replace(trusted=trusted)
     train, axes = partial(ssar.train_interval, config=config), (0, ssar.DATA_AXES)
-    side_by_side, _ = Seeds(3).vmap(train, axes)(start, labelled)
     donated = jax.tree.map(jnp.copy, start)
     in_turns, _ = Seeds(3).vmap(train, axes, donate=0, is_loop=True)(donated, labelled)
     assert all(x.is_deleted() for x in jax.tree.leaves(donated))  # overwritten by its successor
@@ -71,7 +101,6 @@ def test_each_seed_trains_as_if_alone_in_turns_bit_for_bit(ssar):
     for i in range(3):
         alone, _ = train(one_of(start, i), data._replace(trusted=trusted[i]))
         assert same_bits(one_of(in_turns, i), alone)
-        assert_close(one_of(side_by_side, i), alone, rtol=5e-4, atol=5e-6)
 
 
 # ----------------------------------------------------------------------------------- first state
@@ -86,17 +115,15 @@ def test_the_first_state(ssar):
         networks = getattr(states, name)
         assert not same_bits(one_of(networks, 0), one_of(networks, 1))
         assert same_bits(networks, getattr(states, f"target_{name}", networks))
-    state = one_of(states)
-    assert not np.array_equal(*state.critic["Dense_0"]["kernel"])
-    beta = ssar.coefficient(state.coefficient, batch_of(ssar).obs, config)
+    assert not np.array_equal(*states.critic["Dense_0"]["kernel"][0])
+    beta = ssar.coefficient(one_of(states.coefficient), batch_of(ssar).obs, config)
     assert 0.8 < float(beta.mean()) / config.coefficient_init < 1.2
-    assert (state.threshold.n, state.threshold.stopped_at) == (config.n_start, -1)
 
 
 def test_td3bc_starts_from_pytorchs_uniform_kernels_and_biases():
-    state = new_state(ssar_td3bc, settings(ssar_td3bc, hidden_dims=(64, 64)))
+    state = new_state(ssar_td3bc, settings(ssar_td3bc))
     for params in (state.actor, one_of(state.critic)):
-        for layer in (params["Dense_0"], params["Dense_1"], params["Dense_2"]):
+        for layer in (params["Dense_0"], params["Dense_1"]):
             kernel, bias = layer["kernel"], layer["bias"]
             bound = len(kernel) ** -0.5
             assert abs(kernel).max() <= bound and abs(bias).max() <= bound
@@ -120,35 +147,24 @@ def test_a_batch_without_trusted_transitions_is_harmless(ssar):
 
 @both_scripts
 def test_a_fixed_coefficient_is_beta_init_on_every_transition_and_never_moves(ssar):
-    changes = {"update_period": 1, "loosen_bound": False, "coefficient_init": 0.7}
-    config = settings(ssar, **changes)
+    config = settings(ssar, update_period=1, coefficient="fixed", coefficient_init=0.7)
     state, batch, noise, update = set_up(ssar, config)
-    # Without the last kernel, its bias of 0.6931 makes the network β_init everywhere.
-    last = state.coefficient["Dense_3"]
-    constant = state.coefficient | {"Dense_3": last | {"kernel": 0 * last["kernel"]}}
-    expected, _ = update(state._replace(coefficient=constant), batch, noise)
-    config = settings(ssar, **changes | {"coefficient": "fixed", "loosen_bound": True})
-    after, info = jitted_update(ssar, config)(state, batch, noise)
-    assert_close(after.actor_opt, expected.actor_opt, rtol=1e-3, atol=1e-6)
-    assert_close(after.critic_opt, expected.critic_opt, rtol=1e-3, atol=1e-6)
+    after, info = update(state, batch, noise)
+    untrusted, _ = update(state, batch._replace(trusted=jnp.zeros(32)), noise)
+    assert same_bits(after, untrusted)
     for name in ("coefficient", "coefficient_opt", "threshold"):
         assert same_bits(getattr(after, name), getattr(state, name))
-    assert float(info["beta_mean"]) == pytest.approx(0.7)
+    assert float(info["beta_min"]) == float(info["beta_max"]) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("select_actions", [True, False])
 def test_untrusted_transitions_shape_the_coefficient_only_without_select_actions(select_actions):
     config = settings(ssar_td3bc, select_actions=select_actions, update_period=1)
-    state, batch = new_state(ssar_td3bc, config), batch_of(ssar_td3bc)
-    noise = ssar_td3bc.sample_noise(state.key, batch, config)
-    update = partial(jitted_update(ssar_td3bc, config), state, noise=noise, update_actor=True)
-    action = ssar_td3bc.actor(state.actor, batch.obs)
-    is_trusted = batch.trusted[:, None] > 0  # only D̂ is likely enough to stop n
-    after, _ = update(batch._replace(action=jnp.where(is_trusted, action, -jnp.sign(action))))
-    likely, _ = update(batch._replace(action=action))
-    assert (int(after.threshold.stopped_at) == int(after.step)) == select_actions
-    assert same_bits(after.coefficient, likely.coefficient) == select_actions
-    assert not same_bits(after.coefficient, state.coefficient)
+    state, batch, noise, update = set_up(ssar_td3bc, config)
+    action = jnp.where(batch.trusted[:, None] > 0, batch.action, -batch.action)
+    before, _ = update(state, batch, noise)
+    after, _ = update(state, batch._replace(action=action), noise)
+    assert same_bits(after.coefficient, before.coefficient) == select_actions
 
 
 def test_matmul_precision_does_not_reach_the_coefficient():
@@ -203,7 +219,6 @@ def test_annealing_fades_to_zero_and_stays_there_unless_it_is_off():
         ({"selection": "return", "offline_steps": 0, "buffer_init": "none"}, [1, 1, 1, 1, 1]),
         ({"selection": "iql"}, [1, 0, 0, 1, 0]),
         ({"selection": "return", "return_threshold": None}, [0, 0, 1, 1, 1]),  # the better half
-        ({"selection": "auto", "return_threshold": None}, [0, 0, 1, 1, 1]),
         ({"selection": "auto", "return_threshold": -1.0}, [0, 0, 1, 1, 1]),
     ],
 )
@@ -215,19 +230,15 @@ def test_the_settings_choose_how_transitions_are_selected(overrides, expected):
     np.testing.assert_array_equal(trusted, [expected, expected])
 
 
-@pytest.mark.parametrize("shift", [0.0, -1.0])
-def test_auto_trusts_successes_where_rewards_are_sparse(shift):
-    config = settings(ssar_td3bc, selection="auto", reward_bias=shift, return_threshold=None)
-    rewards = np.array([0, 0, 0, 1, 0, 1, 0], np.float32) + np.float32(shift)
+def test_auto_trusts_successes_where_rewards_are_sparse_and_else_the_better_half():
+    config = settings(ssar_td3bc, selection="auto", return_threshold=None)
+    rewards = np.array([-1, -1, -1, 0, -1, 0, -1], np.float32)
     ends = np.array([0, 1, 0, 1, 0, 1, 1], bool)
-    trusted = ssar_td3bc.select_trusted(rewards, ends, None, config)
-    np.testing.assert_array_equal(trusted, [[0, 0, 1, 1, 1, 1, 0]])
-    alive = ssar_td3bc.select_trusted(np.ones(7, np.float32), ends, None, config)
-    np.testing.assert_array_equal(alive, [[1] * 6 + [0]])  # by return: the longest episodes
-
-
-def test_the_best_trajectories_are_trusted_where_all_are_equal():
-    ends = np.array([1, 0, 1, 1], bool)
+    select = partial(ssar_td3bc.select_trusted, label=None, config=config)
+    np.testing.assert_array_equal(select(rewards, ends), [[0, 0, 1, 1, 1, 1, 0]])
+    alive = select(np.ones(7, np.float32), ends)
+    np.testing.assert_array_equal(alive, [[1] * 6 + [0]])  # the longest episodes
+    ends = np.array([1, 0, 1, 1], bool)  # of equal returns
     assert ssar_td3bc.select_by_return(np.array([1, 0, 1, 1], np.float32), ends).all()
 
 
@@ -237,13 +248,13 @@ def test_iql_finds_the_better_action_for_every_seed():
     action, reward = jnp.where(good, 0.8, -0.8)[:, None], jnp.asarray(good, jnp.float32)
     obs, ended = jnp.ones((400, 1)), jnp.ones(400)
     data = ssar_td3bc.Transition(obs, action, reward, obs, ended, trusted=None)
-    config = settings(ssar_td3bc, batch_size=64, iql_steps=400, updates_per_call=200)
+    config = settings(ssar_td3bc, batch_size=64, iql_steps=200, updates_per_call=100)
     keys, run = jnp.stack([jax.random.key(seed) for seed in (0, 1)]), StubRun()
     labels = ssar_td3bc.label_by_iql(keys, data, Seeds(2), run, config)
     assert ((labels == good).mean(axis=1) > 0.99).tolist() == [True, True]
     losses = run.metrics["iql"][0]["iql_critic_loss"]
     assert losses[0] != losses[1]  # each seed has its own networks and batches
-    assert run.tree.step.tolist() == [400, 400]
+    assert run.tree.step.tolist() == [200, 200]
 
 
 @both_scripts

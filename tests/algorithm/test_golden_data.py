@@ -37,13 +37,15 @@ def test_the_best_episodes_come_in_the_authors_order():
     ends = ends_of(tolerance=1e-4)
     if not TERMINALS[-1]:
         ends = ends[: np.flatnonzero(ends)[-2] + 1]
-    rows, column = np.arange(len(ends)), np.zeros((len(ends), 1))
-    data = ssar.Transition(rows, column, REWARDS[: len(ends)], column, rows, rows[None])
+    rows = np.arange(len(ends))
+    trusted = np.stack([rows, rows + 1])  # of two seeds
+    data = ssar.Transition(rows, rows, REWARDS[: len(ends)], rows, rows, trusted)
     kept = ssar.offline_part(data, ends, settings(ssar, buffer_init="part"))
     for count in (1, 2, 3, 50):
         best = GOLDEN[f"part/nums_{count}/kept_rows_in_order"]
         np.testing.assert_array_equal(kept.obs[: len(best)], best)
     assert len(kept.obs) == len(best)
+    np.testing.assert_array_equal(kept.trusted, [kept.obs, kept.obs + 1])
 
 
 def test_returns_are_the_authors():
