@@ -92,10 +92,10 @@ class StubRun:
         self.metrics[self.phase].append(metrics)
 
     def save(self, step, tree):
-        self.tree = tree
+        pass
 
     def evaluate(self, step, play, n):
-        self.score = play()
+        play()
 
 
 class Point:

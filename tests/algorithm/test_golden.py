@@ -144,6 +144,11 @@ def check_metrics(ssar, comparison, i, info, batch, beta, config):
             comparison.check(i, f"log/{theirs}", info[ours], "log")
     if ssar is ssar_cql:
         comparison.check(i, "log/log_pi", -info["entropy"], "log")
+        penalty = info["critic_loss"] - info["td_loss"]
+        for ours, theirs in ((info["td_loss"], "qf{}_loss"), (penalty, "cql_min_qf{}_loss")):
+            logs = [comparison.case[f"f64/log/{theirs.format(critic)}"][i] for critic in (1, 2)]
+            atol = np.abs(comparison.case["f64/log/qf_loss"]).max() * comparison.tolerance["log"]
+            np.testing.assert_allclose(float(ours), sum(logs), rtol=0, atol=atol)
     if "margin" in info:
         count = info["constrained_fraction"] * len(batch.trusted)
         comparison.check(i, "log/constrained_nums", count, "log")

@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes: what they need, print and keep, and what they count."""
+"""The benchmarks at tiny sizes: what they measure and what they count."""
 
 import csv
 import json
