@@ -1,6 +1,6 @@
 """What the tests of both scripts share: settings, states, and stubs of Run and Collector."""
 
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -27,15 +27,11 @@ def one_of(tree, i=0):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-@cache
-def jitted_init(ssar, config):
-    init = partial(ssar.init_state, obs_dim=OBS, action_dim=ACTION, config=config)
-    return jax.jit(jax.vmap(init))
-
-
 def new_states(ssar, config, count):
     """The TrainStates of seeds 0, 1, ..., with a leading axis of seeds."""
-    return jitted_init(ssar, config)(jnp.stack([jax.random.key(seed) for seed in range(count)]))
+    init = partial(ssar.init_state, obs_dim=OBS, action_dim=ACTION, config=config)
+    keys = jnp.stack([jax.random.key(seed) for seed in range(count)])
+    return jax.jit(jax.vmap(init))(keys)
 
 
 def new_state(ssar, config):
@@ -96,17 +92,17 @@ class StubRun:
         self.metrics[self.phase].append(metrics)
 
     def save(self, step, tree):
-        self.tree = tree
+        pass
 
     def evaluate(self, step, play, n):
-        self.score = play()
+        play()
 
 
 class Point:
     """A Collector: the action moves a point, and the reward is minus its distance from zero."""
 
     def __init__(self, seeds):
-        self.rng, self.seeds, self.moves = np.random.default_rng(0), seeds, []
+        self.rng, self.seeds, self.steps = np.random.default_rng(0), seeds, 0
 
     def reset(self, step=0):
         self.obs = self.rng.uniform(-1, 1, (self.seeds, OBS)).astype(np.float32)
@@ -115,8 +111,9 @@ class Point:
     def step(self, action):
         next_obs = self.obs.copy()
         next_obs[:, :ACTION] += 0.5 * action
-        move = {"reward": -abs(next_obs[:, :ACTION]).sum(axis=1), "next_obs": next_obs}
-        self.moves.append({"obs": self.obs, "action": action, **move})
-        self.obs = self.reset() if len(self.moves) % 4 == 0 else next_obs  # a time limit
+        reward = -abs(next_obs[:, :ACTION]).sum(axis=1)
+        self.steps += 1
+        self.obs = self.reset() if self.steps % 4 == 0 else next_obs  # a time limit
         ended = np.zeros(self.seeds, np.float32)
-        return SimpleNamespace(obs=self.obs, terminated=ended, finished=[], **move)
+        outcome = {"reward": reward, "next_obs": next_obs, "terminated": ended}
+        return SimpleNamespace(obs=self.obs, finished=[], **outcome)

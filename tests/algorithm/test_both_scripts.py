@@ -1,9 +1,11 @@
 """What both scripts promise: a scan is a loop, seeds train alone, β_φ, n and D̂ follow the rules.
 
-Code that the scripts repeat is tested in ssar_td3bc; test_scripts.py compares the copies.
+Code that the scripts repeat is tested in ssar_td3bc; the first test compares the copies.
 """
 
+import ast
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -26,8 +28,32 @@ from helpers import (
 )
 from toys import arrays, same_bits
 
+import ssar_cql
 import ssar_td3bc
 from common.seeds import Seeds
+
+# Where the algorithms differ. Everything else that both scripts define is repeated verbatim.
+DIFFERENT = set(
+    """
+    Noise TrainState actor critic critics critic_loss actor_loss log_likelihood_margin
+    init_state sample_noise update_step train_interval act explore online_update finetune
+    make_transitions
+    """.split()
+)
+
+
+def definitions(ssar):
+    """{name: source} of the functions and classes of a script, in order."""
+    tree = ast.parse(Path(ssar.__file__).read_text())
+    return {node.name: ast.unparse(node) for node in tree.body if hasattr(node, "name")}
+
+
+def test_repeated_definitions_are_identical_and_in_the_same_order():
+    td3bc, cql = definitions(ssar_td3bc), definitions(ssar_cql)
+    shared = [name for name in td3bc if name in cql]
+    assert shared == [name for name in cql if name in td3bc]
+    assert {name for name in shared if td3bc[name] != cql[name]} == DIFFERENT
+
 
 # ------------------------------------------------------------------------------ scan and seeds
 
@@ -42,7 +68,6 @@ def test_a_scan_equals_a_python_loop_and_its_parts_bit_for_bit(ssar):
     for _ in range(5):
         in_parts, _ = train(in_parts, data, num_updates=4)
     assert same_bits(in_parts, scanned)
-    assert int(scanned.step) == 20
 
     infos, update, key = [], jitted_update(ssar, config), state.key
     for i in range(1, 21):
@@ -50,9 +75,8 @@ def test_a_scan_equals_a_python_loop_and_its_parts_bit_for_bit(ssar):
         batch = ssar.take(data, jax.random.randint(index_key, (config.batch_size,), 0, 200))
         noise = ssar.sample_noise(noise_key, batch, config)
         state, info = update(state, batch, noise, **actor_is_due(ssar, i % 2 == 0))
-        infos.append(info)
+        infos += [info] * ("actor_loss" in info)
     assert_close(scanned, state, rtol=5e-4, atol=5e-6)
-    infos = [info for info in infos if "actor_loss" in info]
     assert_close(means, jax.tree.map(lambda *x: np.mean(x), *infos), rtol=1e-3, atol=1e-5)
 
 
@@ -63,7 +87,6 @@ def test_each_seed_trains_as_if_alone_in_turns_bit_for_bit(ssar):
     trusted = jnp.asarray(np.random.default_rng(1).random((3, 200)) < shares, jnp.float32)
     start, labelled = new_states(ssar, config, 3), data._replace(trusted=trusted)
     train, axes = partial(ssar.train_interval, config=config), (0, ssar.DATA_AXES)
-    side_by_side, _ = Seeds(3).vmap(train, axes)(start, labelled)
     donated = jax.tree.map(jnp.copy, start)
     in_turns, _ = Seeds(3).vmap(train, axes, donate=0, is_loop=True)(donated, labelled)
     assert all(x.is_deleted() for x in jax.tree.leaves(donated))  # overwritten by its successor
@@ -71,7 +94,6 @@ def test_each_seed_trains_as_if_alone_in_turns_bit_for_bit(ssar):
     for i in range(3):
         alone, _ = train(one_of(start, i), data._replace(trusted=trusted[i]))
         assert same_bits(one_of(in_turns, i), alone)
-        assert_close(one_of(side_by_side, i), alone, rtol=5e-4, atol=5e-6)
 
 
 # ----------------------------------------------------------------------------------- first state
@@ -86,17 +108,15 @@ def test_the_first_state(ssar):
         networks = getattr(states, name)
         assert not same_bits(one_of(networks, 0), one_of(networks, 1))
         assert same_bits(networks, getattr(states, f"target_{name}", networks))
-    state = one_of(states)
-    assert not np.array_equal(*state.critic["Dense_0"]["kernel"])
-    beta = ssar.coefficient(state.coefficient, batch_of(ssar).obs, config)
+    assert not np.array_equal(*states.critic["Dense_0"]["kernel"][0])
+    beta = ssar.coefficient(one_of(states.coefficient), batch_of(ssar).obs, config)
     assert 0.8 < float(beta.mean()) / config.coefficient_init < 1.2
-    assert (state.threshold.n, state.threshold.stopped_at) == (config.n_start, -1)
 
 
 def test_td3bc_starts_from_pytorchs_uniform_kernels_and_biases():
-    state = new_state(ssar_td3bc, settings(ssar_td3bc, hidden_dims=(64, 64)))
+    state = new_state(ssar_td3bc, settings(ssar_td3bc))
     for params in (state.actor, one_of(state.critic)):
-        for layer in (params["Dense_0"], params["Dense_1"], params["Dense_2"]):
+        for layer in (params["Dense_0"], params["Dense_1"]):
             kernel, bias = layer["kernel"], layer["bias"]
             bound = len(kernel) ** -0.5
             assert abs(kernel).max() <= bound and abs(bias).max() <= bound
@@ -114,41 +134,29 @@ def test_a_batch_without_trusted_transitions_is_harmless(ssar):
     assert all(np.isfinite(x).all() for x in arrays((after, info)))
     assert same_bits(after.coefficient, state.coefficient)  # Adam at rest: no gradient, no step
     np.testing.assert_allclose(after.threshold.n, config.n_start + 0.2, rtol=1e-6)
-    assert int(after.threshold.stopped_at) == -1
     assert float(info.get("regulariser", 0)) == 0
 
 
 @both_scripts
 def test_a_fixed_coefficient_is_beta_init_on_every_transition_and_never_moves(ssar):
-    changes = {"update_period": 1, "loosen_bound": False, "coefficient_init": 0.7}
-    config = settings(ssar, **changes)
+    config = settings(ssar, update_period=1, coefficient="fixed", coefficient_init=0.7)
     state, batch, noise, update = set_up(ssar, config)
-    # Without the last kernel, its bias of 0.6931 makes the network β_init everywhere.
-    last = state.coefficient["Dense_3"]
-    constant = state.coefficient | {"Dense_3": last | {"kernel": 0 * last["kernel"]}}
-    expected, _ = update(state._replace(coefficient=constant), batch, noise)
-    config = settings(ssar, **changes | {"coefficient": "fixed", "loosen_bound": True})
-    after, info = jitted_update(ssar, config)(state, batch, noise)
-    assert_close(after.actor_opt, expected.actor_opt, rtol=1e-3, atol=1e-6)
-    assert_close(after.critic_opt, expected.critic_opt, rtol=1e-3, atol=1e-6)
+    after, info = update(state, batch, noise)
+    untrusted, _ = update(state, batch._replace(trusted=jnp.zeros(32)), noise)
+    assert same_bits(after, untrusted)
     for name in ("coefficient", "coefficient_opt", "threshold"):
         assert same_bits(getattr(after, name), getattr(state, name))
-    assert float(info["beta_mean"]) == pytest.approx(0.7)
+    assert float(info["beta_min"]) == float(info["beta_max"]) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("select_actions", [True, False])
 def test_untrusted_transitions_shape_the_coefficient_only_without_select_actions(select_actions):
     config = settings(ssar_td3bc, select_actions=select_actions, update_period=1)
-    state, batch = new_state(ssar_td3bc, config), batch_of(ssar_td3bc)
-    noise = ssar_td3bc.sample_noise(state.key, batch, config)
-    update = partial(jitted_update(ssar_td3bc, config), state, noise=noise, update_actor=True)
-    action = ssar_td3bc.actor(state.actor, batch.obs)
-    is_trusted = batch.trusted[:, None] > 0  # only D̂ is likely enough to stop n
-    after, _ = update(batch._replace(action=jnp.where(is_trusted, action, -jnp.sign(action))))
-    likely, _ = update(batch._replace(action=action))
-    assert (int(after.threshold.stopped_at) == int(after.step)) == select_actions
-    assert same_bits(after.coefficient, likely.coefficient) == select_actions
-    assert not same_bits(after.coefficient, state.coefficient)
+    state, batch, noise, update = set_up(ssar_td3bc, config)
+    action = jnp.where(batch.trusted[:, None] > 0, batch.action, -batch.action)
+    before, _ = update(state, batch, noise)
+    after, _ = update(state, batch._replace(action=action), noise)
+    assert same_bits(after.coefficient, before.coefficient) == select_actions
 
 
 def test_matmul_precision_does_not_reach_the_coefficient():
@@ -170,24 +178,27 @@ def test_matmul_precision_does_not_reach_the_coefficient():
 def test_n_rises_until_a_test_passes_and_never_moves_again(margins, rises, stopped_at):
     config = settings(ssar_td3bc, update_period=4, n_start=1.0, n_end=3.0)
     threshold = ssar_td3bc.Threshold(jnp.float32(1), jnp.int32(-1))
+    mask = jnp.array([1, 0, 1])
     for i, margin in enumerate(margins, start=1):
-        margin, mask = jnp.array([margin, -9, margin]), jnp.array([1, 0, 1])
+        margin = jnp.array([margin, -9, margin])
         threshold = ssar_td3bc.update_threshold(threshold, margin, mask, 2 * i, config)
     np.testing.assert_allclose(threshold.n, 1 + 0.2 * rises, rtol=1e-5)
     assert int(threshold.stopped_at) == stopped_at
 
 
-def test_annealing_fades_to_zero_and_stays_there_unless_it_is_off():
-    for anneal, decay_steps, expected in (
+@pytest.mark.parametrize(
+    ("anneal", "decay_steps", "expected"),
+    [
         ("linear", 100, [1, 0.5, 0, 0]),
         ("cosine", 100, [1, np.cos(np.pi / 4), 0, 0]),
         ("linear", -1, [1, 1, 1, 1]),
         ("none", 100, [1, 1, 1, 1]),
-    ):
-        config = settings(ssar_td3bc, anneal=anneal, decay_steps=decay_steps)
-        factors = [ssar_td3bc.anneal_factor(jnp.int32(step), config) for step in (0, 50, 100, 150)]
-        np.testing.assert_allclose(factors, expected, atol=1e-7)
-        assert min(factors) >= 0  # also where rounding makes a cosine negative
+    ],
+)
+def test_annealing_fades_to_zero_and_stays_there_unless_it_is_off(anneal, decay_steps, expected):
+    config = settings(ssar_td3bc, anneal=anneal, decay_steps=decay_steps)
+    factors = [ssar_td3bc.anneal_factor(jnp.int32(step), config) for step in (0, 50, 100, 150)]
+    np.testing.assert_allclose(factors, expected, atol=1e-7)
 
 
 # -------------------------------------------------------------------------- the data and their D̂
@@ -203,7 +214,6 @@ def test_annealing_fades_to_zero_and_stays_there_unless_it_is_off():
         ({"selection": "return", "offline_steps": 0, "buffer_init": "none"}, [1, 1, 1, 1, 1]),
         ({"selection": "iql"}, [1, 0, 0, 1, 0]),
         ({"selection": "return", "return_threshold": None}, [0, 0, 1, 1, 1]),  # the better half
-        ({"selection": "auto", "return_threshold": None}, [0, 0, 1, 1, 1]),
         ({"selection": "auto", "return_threshold": -1.0}, [0, 0, 1, 1, 1]),
     ],
 )
@@ -215,20 +225,14 @@ def test_the_settings_choose_how_transitions_are_selected(overrides, expected):
     np.testing.assert_array_equal(trusted, [expected, expected])
 
 
-@pytest.mark.parametrize("shift", [0.0, -1.0])
-def test_auto_trusts_successes_where_rewards_are_sparse(shift):
-    config = settings(ssar_td3bc, selection="auto", reward_bias=shift, return_threshold=None)
-    rewards = np.array([0, 0, 0, 1, 0, 1, 0], np.float32) + np.float32(shift)
+def test_auto_trusts_successes_where_rewards_are_sparse_and_else_the_better_half():
+    config = settings(ssar_td3bc, selection="auto", return_threshold=None)
+    rewards = np.array([-1, -1, -1, 0, -1, 0, -1], np.float32)
     ends = np.array([0, 1, 0, 1, 0, 1, 1], bool)
-    trusted = ssar_td3bc.select_trusted(rewards, ends, None, config)
-    np.testing.assert_array_equal(trusted, [[0, 0, 1, 1, 1, 1, 0]])
-    alive = ssar_td3bc.select_trusted(np.ones(7, np.float32), ends, None, config)
-    np.testing.assert_array_equal(alive, [[1] * 6 + [0]])  # by return: the longest episodes
-
-
-def test_the_best_trajectories_are_trusted_where_all_are_equal():
-    ends = np.array([1, 0, 1, 1], bool)
-    assert ssar_td3bc.select_by_return(np.array([1, 0, 1, 1], np.float32), ends).all()
+    select = partial(ssar_td3bc.select_trusted, label=None, config=config)
+    np.testing.assert_array_equal(select(rewards, ends), [[0, 0, 1, 1, 1, 1, 0]])
+    alive = select(np.ones(7, np.float32), ends)
+    np.testing.assert_array_equal(alive, [[1] * 6 + [0]])  # the longest episodes, all three
 
 
 def test_iql_finds_the_better_action_for_every_seed():
@@ -237,22 +241,22 @@ def test_iql_finds_the_better_action_for_every_seed():
     action, reward = jnp.where(good, 0.8, -0.8)[:, None], jnp.asarray(good, jnp.float32)
     obs, ended = jnp.ones((400, 1)), jnp.ones(400)
     data = ssar_td3bc.Transition(obs, action, reward, obs, ended, trusted=None)
-    config = settings(ssar_td3bc, batch_size=64, iql_steps=400, updates_per_call=200)
+    config = settings(ssar_td3bc, batch_size=64, iql_steps=200, updates_per_call=100)
     keys, run = jnp.stack([jax.random.key(seed) for seed in (0, 1)]), StubRun()
     labels = ssar_td3bc.label_by_iql(keys, data, Seeds(2), run, config)
     assert ((labels == good).mean(axis=1) > 0.99).tolist() == [True, True]
     losses = run.metrics["iql"][0]["iql_critic_loss"]
     assert losses[0] != losses[1]  # each seed has its own networks and batches
-    assert run.tree.step.tolist() == [400, 400]
 
 
 @both_scripts
 def test_transitions_have_modified_rewards_and_usable_actions(ssar):
     config = settings(ssar, reward_scale=10.0, reward_bias=-5.0)
     obs, action = np.zeros((3, 2), np.float32), np.array([[-1], [0.5], [1]], np.float32)
-    dataset = SimpleNamespace(observations=obs, next_observations=obs, actions=action)
-    dataset.rewards = np.array([0, 1, 0], np.float32)
-    dataset.terminals = np.array([False, True, False])
+    dataset = SimpleNamespace(
+        observations=obs, next_observations=obs, actions=action,
+        rewards=np.array([0, 1, 0], np.float32), terminals=np.array([False, True, False]),
+    )  # fmt: skip
     data = ssar.make_transitions(dataset, config)
     np.testing.assert_array_equal(data.reward, [-5, 5, -5])
     np.testing.assert_array_equal(data.terminated, [0, 1, 0])
