@@ -127,7 +127,11 @@ def report(path, given):
             task = d4rl.FILES.get(os.path.basename(path))
             env_id = file.attrs.get("env_id") or (task.env_id if task else None)
     stock = env_spec(env_id, path)
-    specs = {"d4rl": d4rl_physics(stock)} | ({"stock": stock} if stock.name in MODELS else {})
+    old = d4rl_physics(stock)
+    if old is None:
+        known = f"{', '.join(MODELS)} and AntMaze"
+        raise InputError(f"{path} is of {stock.id}, but D4RL has models of {known} only")
+    specs = {"d4rl": old} | ({"stock": stock} if stock.name in MODELS else {})
     print(f"{path} in {stock.id}")
     for physics, spec in specs.items():
         if is_actor:

@@ -16,6 +16,7 @@ class Episodes(NamedTuple):
     """One evaluation: E complete episodes of each of S seeds."""
 
     returns: np.ndarray  # [S, E], undiscounted, in the environment's rewards; NaN if they are
+    lengths: np.ndarray  # [S, E], steps
     success: np.ndarray  # [S, E], 1 if the environment ever reported success; NaN if it never does
 
 
@@ -52,8 +53,8 @@ class Evaluator:
             actions = actions.reshape(len(self.slots), -1)
             running = [i for i in running if not any(self.slots[i].step(actions[i])[1:])]
         np.random.set_state(global_state)
-        returns, success = ([getattr(x, name) for x in self.slots] for name in ("total", "success"))
-        return Episodes(np.reshape(returns, self.shape), np.reshape(success, self.shape))
+        found = zip(*((slot.total, slot.length, slot.success) for slot in self.slots), strict=True)
+        return Episodes(*(np.reshape(column, self.shape) for column in found))
 
 
 class Collector:

@@ -8,6 +8,7 @@ to the next.
 
 import argparse
 import importlib
+import io
 import re
 import shlex
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 from tqdm import trange
 
 from common.run.errors import InputError, explained
+from common.run.workdir import write_file
 
 
 def record(env_name: str, steps: int, seed: int) -> dict:
@@ -98,13 +100,12 @@ def main() -> None:
     if args.steps < 1 or not 0 <= args.seed < 2**32:
         parser.error("--steps must be at least 1, and --seed from 0 to 4294967295")
     path = Path((args.out or f"recorded/{args.env}").removesuffix(".npz") + ".npz").absolute()
-    unfinished = path.with_suffix(".unfinished.npz")
     try:
         if path.exists():
             raise InputError(f"{path} exists: remove it, or give another file with --out")
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(unfinished, **record(args.env, args.steps, args.seed))
-        unfinished.rename(path)
+        np.savez_compressed(content := io.BytesIO(), **record(args.env, args.steps, args.seed))
+        write_file(str(path), content.getvalue())
     except (InputError, OSError) as error:
         sys.exit(f"ogbench: {error}")
     except KeyboardInterrupt:

@@ -7,13 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-# The units of a score, and how the line about the data explains them.
-UNITS = {
-    "normalised score": "0 at a return of {:g} and 100 at {:g}",
-    "success rate in %": "success rates in per cent",
-    "return": "raw returns, because there are no reference scores",
-}
-
 
 class Normalizer(NamedTuple):
     """Standardises observations: the same for training data, evaluation and checkpoint."""
@@ -49,13 +42,17 @@ class Dataset:
     normalizer: Normalizer
     fingerprint: str  # 16 hexadecimal digits, of all columns as they stand here
     reference: tuple[float, float] | None = None  # (random, expert) return, if there is one
-    unit: str = "return"  # of a score: one of UNITS
+    unit: str = "return"  # of a score, or "normalised score", or "success rate in %"
     physics: str = "stock"  # d4rl: with the capsules of older MuJoCo builds
     observation_keys: tuple[str, ...] | None = None  # of dictionary observations, in column order
     rescaled: str = ""  # the environment's bounds of actions, unless they are -1 and 1
 
     def __str__(self):
-        scores = UNITS[self.unit].format(*self.reference or ())
+        scores = "raw returns, because there are no reference scores"
+        if self.unit == "success rate in %":
+            scores = "success rates in per cent"
+        elif self.reference:
+            scores = "0 at a return of {:g} and 100 at {:g}".format(*self.reference)
         keys = ", ".join(self.observation_keys or ())
         changes = f" and observations joined as {keys}" if keys else ""
         changes += f"; actions rescaled from {self.rescaled}" if self.rescaled else ""
@@ -105,8 +102,8 @@ def fingerprint(*arrays: np.ndarray) -> str:
 def find_episode_ends(obs, successors, ended, max_steps=None, tolerance=1e-6) -> np.ndarray:
     """Last row of every episode, bool [N].
 
-    A row ends its episode if that `ended` there, if its recorded successor differs from the next
-    row by more than `tolerance`, if it is the episode's `max_steps`-th row, or the last row of all.
+    A row ends its episode if it has `ended` there, if its recorded successor differs from the next
+    row by more than `tolerance`, if it is the episode's `max_steps`-th row, or if no row follows.
     """
     ends = ended.astype(bool)
     if successors is not None:

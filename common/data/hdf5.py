@@ -78,7 +78,7 @@ def read_columns(source: str, stored) -> dict[str, np.ndarray]:
     for key in (*NEEDED, "timeouts", "next_observations"):
         if key not in stored and key in NEEDED:
             found = f"only {', '.join(sorted(stored)) or 'nothing'}"
-            raise InputError(f"{source} has no key '{key}', {found}: add {', '.join(NEEDED)}")
+            raise InputError(f"{source} has no key '{key}', {found}: it needs {', '.join(NEEDED)}")
         if key not in stored:
             continue
         column, ndim = stored[key], 1 if key in ("rewards", "terminals", "timeouts") else 2

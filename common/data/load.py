@@ -67,7 +67,7 @@ def _read(config, keys):
     if stem not in d4rl.TASKS and (stem != name or stem.endswith((".hdf5", ".h5"))):
         path = path or stem
     if name.startswith("ogbench:"):
-        from common.data.ogbench import read_ogbench  # a command imports it as __main__
+        from common.data.ogbench import read_ogbench  # not yet, because it is a command too
 
         return read_ogbench(name.removeprefix("ogbench:"), path, env)
     task = d4rl.TASKS.get(stem) or d4rl.FILES.get(os.path.basename(path or ""))
@@ -103,7 +103,7 @@ def transitions(source, columns, rows: str, max_steps: int | None, continues: bo
 
     rows=all: those with a recorded successor; if none are recorded, those that the next row follows
     or where the task ended. rows=qlearning: D4RL's qlearning_dataset, which takes the next row and
-    drops the last one and time-outs. max_steps: the environment's limit, used if no time-outs are
+    drops time-outs and the last row. max_steps: the environment's limit, used if no time-outs are
     recorded. continues: whether episodes go on after the task has ended. Raises InputError.
     """
     obs, terminals = columns["observations"], columns["terminals"]

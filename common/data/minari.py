@@ -21,10 +21,8 @@ def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
     """
     local_id = dataset_id.partition("://")[2].partition("/")[2] or dataset_id
     path = get_dataset_path(local_id)
-    fix = (
-        "see `minari list local` and `minari list remote`; D4RL's tasks have names like "
-        "hopper-medium-v2, and files are given as --config.dataset=d4rl:<file>"
-    )
+    fix = "see `minari list local` and `minari list remote`; D4RL's tasks have names like "
+    fix += "hopper-medium-v2, and files are given as --config.dataset=d4rl:<file>"
     with explained(f"no Minari data set '{dataset_id}', neither here nor at its remote", fix):
         if not path.is_dir():
             print(f"downloading {dataset_id} into {path}, once", flush=True)
@@ -56,10 +54,11 @@ def _join_episodes(source, stored, keys) -> dict[str, np.ndarray]:
     for episode in stored.iterate_episodes():
         given, steps = episode.observations, len(episode.rewards)
         observed = {len(given[key]) for key in keys} if keys else {len(given)}
-        others = {len(episode.actions), len(episode.terminations), len(episode.truncations)}
+        actions = len(episode.actions)
+        others = {actions, len(episode.terminations), len(episode.truncations)}
         if observed != {steps + 1} or others != {steps} or not steps:
-            found = f"{min(observed)} observations for {min(others)} actions and {steps} rewards"
-            fix = "record the data set with one observation more than actions and rewards"
+            found = f"{min(observed)} observations and {actions} actions for {steps} rewards"
+            fix = "record it with one observation more than rewards, without empty episodes"
             raise InputError(f"{source}: episode {episode.id} has {found}: {fix}")
         observations = flatten(given, keys, (steps + 1,))
         parts = {

@@ -1,8 +1,8 @@
-"""OGBench's single-task data sets by name.
+"""OGBench's single-task data sets by name. The package ogbench is optional.
 
     python -m common.data.ogbench record cube-single --steps=300000
 
-records such data. The package ogbench is optional, and is imported only where it is needed.
+This command records such data.
 """
 
 import re
@@ -19,6 +19,8 @@ from common.run.workdir import absolute
 FOLDER = "~/.ogbench/data"  # the package's own
 MIRROR = "zhouzypaul/ogbench_datasets"
 NAME = re.compile(r"([\w-]+)-([a-z]+)-singletask(-task[1-5])?-v0")  # environment, kind, task
+# The package's spaces are float64 and its environments look for a screen: each warns many times.
+warnings.filterwarnings("ignore", ".*(precision lowered|DISPLAY)")
 
 
 def read_ogbench(name: str, path: str | None, env: str | None) -> tuple:
@@ -26,8 +28,6 @@ def read_ogbench(name: str, path: str | None, env: str | None) -> tuple:
 
     path: the file, by default OGBench's own, downloaded if it is missing. Raises InputError.
     """
-    # Its spaces are float64 and its environments look for a screen: each warns many times.
-    warnings.filterwarnings("ignore", ".*(precision lowered|DISPLAY)")
     with explained(f"ogbench:{name} needs the package ogbench", "pip install ogbench"):
         from ogbench import load_dataset
         from ogbench.relabel_utils import relabel_dataset

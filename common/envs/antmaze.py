@@ -1,7 +1,7 @@
 """AntMaze v2, D4RL's own rules, on Gymnasium's MuJoCo.
 
-The ant is Gymnasium's with D4RL's time step, motors, contacts and capsules. It has not yet been
-compared with a recording: `python benchmarks/physics.py Ant_maze_*.hdf5` does it.
+The ant is Gymnasium's with D4RL's time step, motors, contacts and capsules. `python
+benchmarks/physics.py Ant_maze_*.hdf5` compares it with a recording, but none was available.
 """
 
 import gymnasium

@@ -138,8 +138,9 @@ def load_config(name: str, file: str | None, settings: list[str]):
     if file is not None:
         theirs = _load(*file.rsplit(":", 1))[1].to_dict()
         if foreign := sorted(set(theirs) - set(config)):
-            raise InputError(f"--config={file} has fields that {name} lacks: {', '.join(foreign)}")
-        with explained(f"--config={file} has a value of a wrong type", "fix it"):
+            fields = ", ".join(foreign)
+            raise InputError(f"--config={file} has fields that {name} lacks: remove {fields}")
+        with explained(f"--config={file} has a value of a wrong type", "--help shows right ones"):
             config.update(theirs)
     for setting in settings:
         field, _, text = setting.removeprefix("--config.").partition("=")
@@ -149,7 +150,8 @@ def load_config(name: str, file: str | None, settings: list[str]):
         given[field] = _read(config, field, text)
     if given.get("offline_checkpoint") and not file:
         saved = load_settings(given["offline_checkpoint"])
-        config.update({field: value for field, value in saved.items() if field in config})
+        with explained("--config.offline_checkpoint has other settings", "use that run's script"):
+            config.update({field: value for field, value in saved.items() if field in config})
     config.update(given)
     scale_settings(config, given)
     return config

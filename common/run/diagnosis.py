@@ -7,7 +7,7 @@ from common.run.errors import InputError
 
 WINDOW = 4  # evaluations that are looked at together, because a single one is noisy
 KEPT = 0.3  # a loss keeps less than this share of what had been reached
-NEAR_ZERO = 0.1  # share of coefficient_init, of the data, or of the returns from floor to top
+NEAR_ZERO = 0.1  # share of coefficient_init, of the data, or of the scores from floor to top
 
 
 def check_trusted(trusted, dataset, config) -> None:
@@ -21,7 +21,7 @@ def check_trusted(trusted, dataset, config) -> None:
             "return": "lower --config.return_threshold, or use task custom, which needs none",
             "iql": "lower --config.expectile, or raise --config.iql_steps",
         }
-        fix = "it needs two rewards and episodes that end with the higher, so try selection=iql"
+        fix = "it needs two reward values, and episodes that end with the higher: try selection=iql"
         fix = fixes.get(config.selection, fix)
         what = f"selection={config.selection} finds no D̂ in {dataset.source}"
         raise InputError(f"{what}: {fix}")
@@ -47,23 +47,24 @@ def warnings(config, dataset, records, trusted_fraction=None) -> list[str]:
     if (thinnest := min(trusted_fraction)) < 0.01:
         what = f"thin sub-dataset: only {thinnest:.2%} of the data is trusted"
         found.append(f"{what}; lower return_threshold or select by iql")
+    floor, top = 0.0, 100.0
+    if dataset.unit == "return":
+        scores = [row["score"] for row in records.evaluations if np.isfinite(row["score"])]
+        floor, top = min(0.0, *dataset.returns, *scores), max(0.0, *dataset.returns, *scores)
     for seed, fraction in zip(records.seeds, trusted_fraction, strict=True):
-        for sign, text in signatures(records.of(seed), fraction, dataset, config):
+        for sign, text in signatures(records.of(seed), fraction, floor, top, dataset, config):
             found.append(f"{sign} (seed {seed}): {text}")
     return found
 
 
-def signatures(rows, trusted_fraction, dataset, config):
-    """Yields each failure that one seed's evaluations show, and what to do."""
+def signatures(rows, trusted_fraction, floor, top, dataset, config):
+    """Yields each failure of one seed, and what to do; progress is from `floor` to `top`."""
     if broken := [row for row in rows if not np.isfinite(row["score"])]:
         what = f"the score is {broken[0]['score']} at {place(broken[0])}"
-        yield "not a number", f"{what}; check the rewards of the environment"
+        part = "reports of success" if dataset.unit == "success rate in %" else "rewards"
+        yield "not a number", f"{what}; check the {part} of the environment"
     rows = [row for row in rows if np.isfinite(row["score"])]
-    scores, floor, top = [row["score"] for row in rows], 0.0, 100.0
-    if dataset.unit == "return":
-        known = [0.0, *dataset.returns, *scores]
-        floor, top = min(known), max(known)
-    near_zero = floor + NEAR_ZERO * (top - floor)
+    scores, near_zero = [row["score"] for row in rows], floor + NEAR_ZERO * (top - floor)
     levels = [np.median(scores[max(t - WINDOW, 0) : t]) for t in range(1, len(rows) + 1)]
     offline = [row["step"] for row in rows if row["phase"] == "offline"]
     if len(offline) >= WINDOW and offline[-1] >= config.offline_steps / 2:
@@ -71,7 +72,8 @@ def signatures(rows, trusted_fraction, dataset, config):
         if best < near_zero and (is_thin or best < dataset.behaviour):
             sign = "near-zero score" + " with a thin sub-dataset" * is_thin
             fix = "lower return_threshold or expectile" if is_thin else "raise coefficient_init"
-            yield sign, f"it is {best:.4g} at best, and {dataset.behaviour:.4g} in the data; {fix}"
+            own = "" if np.isnan(dataset.behaviour) else f", in the data {dataset.behaviour:.4g}"
+            yield sign, f"it is {best:.4g} at best{own}; {fix}"
         last, cap = rows[len(offline) - 1], 1.5 * config.coefficient_init
         if config.coefficient == "adaptive" and last.get("beta_min", 0) > 0.98 * cap:
             what = f"β is at its maximum on every state, and n at {last['n']:.3g}"

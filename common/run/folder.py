@@ -17,17 +17,14 @@ from common.run.records import Records, print_table
 from common.run.settings import needs_iql
 from common.run.workdir import as_json, lock_folder, set_aside, write_json
 
-_open = []  # the run of this process that holds a lock, writers and a progress bar
-
 
 def close_run() -> str | None:
     """Releases what the latest run holds; returns where its latest checkpoint is, if anywhere."""
-    if not _open:
+    if not stopping.open_runs:
         return None
-    run = _open.pop()
+    run = stopping.open_runs.pop()
     with contextlib.suppress(OSError):
         run._held.close()
-    run._lock.release()
     return run._saved
 
 
@@ -48,7 +45,8 @@ class Run:
         self._bar, self._held = tqdm(disable=True), contextlib.ExitStack()
         self._origin = checkpoint.origin(config, dataset)
         self._lock = lock_folder(workdir)
-        _open.append(self)
+        self._held.callback(lambda: self._lock.release())  # after all others
+        stopping.open_runs.append(self)
         newest = checkpoint.load_newest(self._unfinished) if resume else None
         if newest and newest.get("origin") != self._origin:
             what = f"the unfinished run in {workdir} had other data or another offline run"
@@ -132,9 +130,9 @@ class Run:
         raise Diverged(f"diverged: {', '.join(broken[:4])} not finite {where}: {fix}; {kept}")
 
     def save(self, step: int, tree) -> None:
-        """Writes a checkpoint at the end of an interval or a phase and every checkpoint_minutes.
+        """Writes a checkpoint after an interval, a phase or checkpoint_minutes, or if told to stop.
 
-        Raises Diverged when the tree is not finite, and Stopped afterwards if told to stop.
+        Raises Diverged when the tree is not finite, and Stopped after the last of these.
         """
         ends = step == self._total or self._phase != "iql" and not step % self._config.eval_interval
         seconds, now = 60 * self._config.checkpoint_minutes, time.perf_counter()

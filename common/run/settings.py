@@ -86,10 +86,7 @@ def default_folder(name: str, config, given=()) -> str:
 
 
 def prepare(config, workdir: str | None, name: str, resume: bool = True):
-    """Checks everything; returns the frozen settings to use and the run folder's absolute path.
-
-    name: of the script. Raises InputError.
-    """
+    """Checks everything or raises InputError; returns the frozen settings and the run folder."""
     config = ml_collections.ConfigDict(config)
     check_bounds(config)
     file = (config.dataset or "").removeprefix("d4rl:")
@@ -137,7 +134,7 @@ def divisors(number: int, factor: int) -> list[int]:
 
 
 def scale_settings(config, given) -> None:
-    """Fits all settings that are not `given` to an offline_steps that is.
+    """Fits the settings that depend on the run's length, unless `given`, to a given offline_steps.
 
     Periods and lengths keep their proportion to full_length. In the paper's tasks and the demos,
     coefficient_lr changes inversely, so that β_φ moves as far; elsewhere β_φ would outrun the

@@ -5,6 +5,7 @@ import sys
 import threading
 
 received = []  # the signal that asks the run to stop
+open_runs = []  # the run of this process that holds a lock, writers and a progress bar
 
 
 class Stopped(KeyboardInterrupt):
@@ -16,9 +17,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def catch_signals() -> None:
-    """From now on the first Ctrl-C or SIGTERM sets a flag that the run looks at between steps.
+    """From now on the first Ctrl-C or SIGTERM sets a flag that an open run looks at between steps.
 
-    Another's SIGTERM handler stays. Outside the main thread, Python allows none.
+    Before there is a run, it ends the process. A SIGTERM handler that is already installed stays.
+    Outside the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -35,6 +37,8 @@ def stop_if_told() -> None:
 
 
 def _ask_to_stop(number, _):
+    if not open_runs:
+        raise Stopped(number)
     received.append(number)
     for caught in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(caught) is _ask_to_stop:

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import sys
+from pathlib import Path
 
 import filelock
 
@@ -50,10 +51,7 @@ def has_run(workdir: str) -> bool:
 
 
 def check_folder(workdir: str, config, resume: bool, may_change) -> None:
-    """Raises InputError when no run can be made in `workdir`, or resumed there.
-
-    may_change: settings in which two runs of the same folder may differ.
-    """
+    """Raises InputError if no run can be made in `workdir`, or resumed with other `may_change`."""
     flag, fix = f"--workdir={workdir}", "choose another folder"
     source = os.path.realpath(config.offline_checkpoint or "")
     if config.offline_checkpoint and os.path.realpath(workdir) == source:
@@ -70,7 +68,7 @@ def check_folder(workdir: str, config, resume: bool, may_change) -> None:
 
 
 def lock_folder(workdir: str) -> filelock.FileLock:
-    """Locks a run folder; where that is impossible, it warns. Raises InputError if it is in use."""
+    """Locks a run folder, or warns where it cannot be locked. Raises InputError if it is in use."""
     lock = filelock.FileLock(os.path.join(workdir, "lock"))
     try:
         lock.acquire(timeout=0)
@@ -94,6 +92,7 @@ def set_aside(workdir: str) -> bool:
         number += 1
     os.rename(workdir, aside)
     os.makedirs(workdir)
+    Path(aside, "lock").unlink(missing_ok=True)
     print(f"the earlier run in {workdir} is now {aside}", file=sys.stderr)
     return True
 

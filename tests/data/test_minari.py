@@ -106,7 +106,7 @@ def lacks_one(folder):
     [
         (no_spaces, "is not readable (KeyError: 'no spaces'): give a complete copy, close what"),
         (leads_out, "'episode_1/rewards' lies in another file"),
-        (lacks_one, "episode 2 has 5 observations for 5 actions and 5 rewards: record the"),
+        (lacks_one, "episode 2 has 5 observations and 5 actions for 5 rewards: record it"),
     ],
 )
 def test_data_that_are_broken_or_malicious_are_refused(change, words, folder):

@@ -21,8 +21,11 @@ def handlers(monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_sets_a_flag(number, status):
+def test_the_first_signal_sets_a_flag_for_an_open_run(number, status, monkeypatch):
     stopping.catch_signals()
+    with pytest.raises(Stopped, match=number.name):
+        os.kill(os.getpid(), number)
+    monkeypatch.setattr(stopping, "open_runs", ["a run"])
     stopping.stop_if_told()
     os.kill(os.getpid(), number)
     assert stopping.received == [number]

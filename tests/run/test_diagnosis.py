@@ -136,6 +136,7 @@ def test_wandb_gets_settings_curves_and_final_scores(tmp_path, monkeypatch):
     assert wandb.run.project == "a" and wandb.run.config["num_seeds"] == 2
     records.close()
     wandb.teardown()  # waits until the file is complete
+    wandb.tensorboard.unpatch()  # other tests write tensorboard's files too
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"seed_4/offline_normalized_eval_score" in path.read_bytes()
     assert b"mean_last_10" in path.read_bytes()
@@ -157,8 +158,8 @@ def test_an_empty_sub_dataset_is_refused():
     sparse = replace(DATA, rewards=np.float32([0, 0, 1, 0]))
     for selection, data, words in (
         ("return", DATA, "lower --config.return_threshold, or use task custom, which needs none"),
-        ("success", DATA, "it needs two rewards and episodes that"),
-        ("auto", sparse, "it needs .* so try selection=iql"),
+        ("success", DATA, "it needs two reward values, and episodes"),
+        ("auto", sparse, "it needs .*: try selection=iql"),
         ("iql", DATA, "lower --config.expectile, or raise --config.iql_steps"),
     ):
         with pytest.raises(InputError, match=f"={selection} finds no D̂ in toy: {words}"):

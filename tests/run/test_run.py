@@ -264,6 +264,7 @@ from common.run import stopping
 from common.run.folder import Run
 stopping.catch_signals()
 run = Run.__new__(Run)
+stopping.open_runs.append(run)
 slow = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda _, x: jnp.sin(x @ x), x))
 for seconds in (0.5, 1.0):
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
