@@ -37,11 +37,11 @@ def stop_if_told() -> None:
 
 
 def _ask_to_stop(number, _):
-    if not open_runs:
-        raise Stopped(number)
     received.append(number)
     for caught in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(caught) is _ask_to_stop:
             signal.signal(caught, signal.SIG_DFL)
+    if not open_runs:
+        raise Stopped(number)  # ignored in some callbacks: then the run stops as it begins
     what = "finishes the current step, then saves; a second signal stops at once"
     print(f"\n{signal.Signals(number).name}: {what}", file=sys.stderr)

@@ -129,7 +129,8 @@ def test_wandb_gets_settings_curves_and_final_scores(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(InputError, match="wandb=a .* pip install"):
         patch.setitem(sys.modules, "wandb", None)
         written(tmp_path, [], wandb="a")
-    wandb, _ = map(pytest.importorskip, ("wandb", "tensorboard"))
+    why = "pip install wandb tensorboard to test --config.wandb"
+    wandb, _ = (pytest.importorskip(name, reason=why) for name in ("wandb", "tensorboard"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     records = written(tmp_path, rows([50, 20]) + rows([7, 8], seed=4), wandb="a")
     records.results()
