@@ -58,13 +58,14 @@ def demo_dataset_id(name: str) -> str:
             if minari.load_dataset(dataset_id).total_episodes > 0:
                 return dataset_id
         shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
-        _record(*DEMOS[name])
+        _record(*DEMOS[name], held)
     return dataset_id
 
 
-def _record(dataset_id, env_id, reference):
+def _record(dataset_id, env_id, reference, held):
     rng = np.random.default_rng(0)
     env = minari.DataCollector(gymnasium.make(env_spec(env_id, dataset_id)), record_infos=False)
+    held.callback(env.close)  # which deletes what is not yet a data set
     skills = rng.choice(len(SKILLS), size=EPISODES, p=[share for share, *_ in SKILLS])
     for skill in tqdm(skills, f"recording {dataset_id}, once", unit="episode"):
         _, gain, damping, noise = SKILLS[skill]
@@ -85,7 +86,6 @@ def _record(dataset_id, env_id, reference):
         ref_min_score=reference[0],
         ref_max_score=reference[1],
     )
-    env.close()
 
 
 def _torque(observation: np.ndarray, gain: float, damping: float) -> np.ndarray:

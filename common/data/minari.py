@@ -23,7 +23,7 @@ def read_minari(dataset_id: str, env: str | None, keys: tuple) -> tuple:
     path = get_dataset_path(local_id)
     fix = "see `minari list local` and `minari list remote`; D4RL's tasks have names like "
     fix += "hopper-medium-v2, and files are given as --config.dataset=d4rl:<file>"
-    with explained(f"no Minari data set '{dataset_id}', neither here nor at its remote", fix):
+    with explained(f"no Minari data set '{dataset_id}' here, nor could it be downloaded", fix):
         if not path.is_dir():
             print(f"downloading {dataset_id} into {path}, once", flush=True)
             minari.download_dataset(dataset_id)

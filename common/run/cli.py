@@ -138,8 +138,7 @@ def load_config(name: str, file: str | None, settings: list[str]):
     if file is not None:
         theirs = _load(*file.rsplit(":", 1))[1].to_dict()
         if foreign := sorted(set(theirs) - set(config)):
-            fields = ", ".join(foreign)
-            raise InputError(f"--config={file} has fields that {name} lacks: remove {fields}")
+            raise InputError(f"--config={file}: remove {', '.join(foreign)}, which {name} lacks")
         with explained(f"--config={file} has a value of a wrong type", "--help shows right ones"):
             config.update(theirs)
     for setting in settings:

@@ -2,6 +2,8 @@
 
 import contextlib
 
+from common.run.stopping import stop_if_told
+
 
 class InputError(ValueError):
     """The user's input cannot be used; the message is one sentence: what, where, and the fix."""
@@ -27,5 +29,6 @@ def explained(what: str, fix: str):
     except InputError:
         raise
     except Exception as error:
+        stop_if_told()  # libraries turn a signal's exception into errors of their own
         reason = brief(error.__cause__ or error, 600)  # long enough for the list of tasks
         raise InputError(f"{what} ({reason}): {fix}") from None

@@ -20,7 +20,6 @@ def catch_signals() -> None:
     """From now on the first Ctrl-C or SIGTERM sets a flag that an open run looks at between steps.
 
     Before there is a run, it ends the process. A SIGTERM handler that is already installed stays.
-    Outside the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         return

@@ -78,7 +78,7 @@ def test_missing_data_sets_are_downloaded(tmp_path, monkeypatch, folder):
     download.side_effect = OSError("no route")
     for missing in ("mujoco/none-v0", "hopper-medium", "not an id"):
         message = refused(dataset=missing, env=None)
-        assert message.startswith(f"no Minari data set '{missing}', neither here nor at its remote")
+        assert message.startswith(f"no Minari data set '{missing}' here, nor could it be down")
         assert "no route): see `minari list local`" in message
 
 

@@ -119,7 +119,7 @@ TABLE = {
     "a text for a truth": ("--config={folder}/text.py", "has a value of a wrong type (TypeError"),
     "a file that fails": ("--config={folder}/fails.py", "loaded (ModuleNotFoundError: No mod"),
     "no settings file": ("--config=configs/none.py", "none.py cannot be loaded"),
-    "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "lacks: remove backup"),
+    "the other script's": (f"--config={ROOT}/configs/ssar_cql.py:demo", "remove backup_entropy,"),
     "no such task": (f"--config={ROOT}/configs/ssar_td3bc.py:hoper", "unknown task 'hoper' in "),
     "the task as a field": (field(task="x"), "did you mean --config=<file>:<task>?"),
     "a typing error": (field(nseeds=2), "no field 'nseeds': did you mean seed or num_seeds?"),
