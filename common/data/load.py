@@ -67,7 +67,7 @@ def _read(config, keys):
     if stem not in d4rl.TASKS and (stem != name or stem.endswith((".hdf5", ".h5"))):
         path = path or stem
     if name.startswith("ogbench:"):
-        from common.data.ogbench import read_ogbench  # not yet, because it is a command too
+        from common.data.ogbench import read_ogbench  # late, or `python -m` would warn
 
         return read_ogbench(name.removeprefix("ogbench:"), path, env)
     task = d4rl.TASKS.get(stem) or d4rl.FILES.get(os.path.basename(path or ""))

@@ -139,7 +139,7 @@ def load_config(name: str, file: str | None, settings: list[str]):
         theirs = _load(*file.rsplit(":", 1))[1].to_dict()
         if foreign := sorted(set(theirs) - set(config)):
             raise InputError(f"--config={file}: remove {', '.join(foreign)}, which {name} lacks")
-        with explained(f"--config={file} has a value of a wrong type", "--help shows right ones"):
+        with explained(f"--config={file} has a value of a wrong type", "see --help for the types"):
             config.update(theirs)
     for setting in settings:
         field, _, text = setting.removeprefix("--config.").partition("=")
