@@ -104,7 +104,7 @@ def test_update_step_reproduces_the_authors(path, dtype):
     ssar = ssar_td3bc if path.stem.startswith("td3") else ssar_cql
     case, hp = golden.load_case(path)
     config = golden_config(ssar, hp, dtype)
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("float32"):
         state = golden_state(ssar, config, hp, dtype)
         comparison = golden.Comparison(path, case, dtype, golden.parameters(state))
         static = ("online", "update_actor") if ssar is ssar_td3bc else "online"
@@ -170,7 +170,7 @@ def test_iql_reproduces_the_authors(path, dtype):
         atol = rtol * abs(golden if golden[i].ndim else golden[i]).max()
         np.testing.assert_allclose(ours, golden[i], rtol=0, atol=atol)
 
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("float32"):
         nets, state = golden.iql_parameters(), ssar.iql_init(jax.random.key(0), 5, 3)
         pair = golden.pair_of(nets)
         state = state._replace(value=nets["value"], critic=pair, target_critic=pair)
