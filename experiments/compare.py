@@ -97,6 +97,19 @@ def interval(values: np.ndarray) -> np.ndarray:
     return ends if count > 1 else ends * np.nan
 
 
+def interquartile_mean(tasks: list[np.ndarray]) -> list[float]:
+    """The IQM of all scores, and its 95 % stratified bootstrap interval, as in rliable.
+
+    tasks: the scores [S] of the seeds of each task, which are resampled within their task.
+    """
+    rng = np.random.default_rng(0)
+    draws = np.concatenate([rng.choice(scores, (2000, len(scores))) for scores in tasks], axis=1)
+    draws = np.sort(np.concatenate([np.concatenate(tasks)[None], draws]), axis=1)
+    cut = draws.shape[1] // 4
+    iqm, *resampled = draws[:, cut : draws.shape[1] - cut].mean(axis=1)
+    return [iqm, *np.percentile(resampled, (2.5, 97.5))]
+
+
 def draw(axis, run: Run, label: str, color: str) -> None:
     """The mean score with its interval, and a dotted line where online training begins."""
     length = min(map(len, run.seeds.values()))  # as far as all seeds have come
@@ -113,8 +126,11 @@ def draw(axis, run: Run, label: str, color: str) -> None:
         axis.axvline(switch / 1000, color="grey", ls=":", lw=1)
 
 
-def summarise(run: Run, label: str) -> list:
-    """A row of the table, see COLUMNS: means over seeds of what results.json gives."""
+def summarise(run: Run, label: str) -> tuple[list, np.ndarray]:
+    """A row of the table, see COLUMNS: means over seeds of what results.json gives.
+
+    And each seed's mean of its last ten scores, [S].
+    """
     measured = []
     for rows in run.seeds.values():
         learned = rows[(rows["phase"] == "online") & (rows["step"] > run.config["warmup_steps"])]
@@ -123,13 +139,17 @@ def summarise(run: Run, label: str) -> list:
     measured = np.array(measured, float)
     table = np.stack([measured.mean(axis=0), *interval(measured)], axis=1)  # [4, 3]
     behaviour = np.array(run.results.get("behaviour", [None]), float)[0]
-    return [label, len(measured), *table[:3].ravel().tolist(), table[3, 0], behaviour]
+    row = [label, len(measured), *table[:3].ravel().tolist(), table[3, 0], behaviour]
+    return row, measured[:, 1]
 
 
-def compare(folders: list[Path], picture: Path) -> list[list]:
-    """Draws the runs, prints a table and returns its rows. Raises SystemExit with one sentence."""
+def compare(folders: list[Path], picture: Path) -> tuple[list[list], dict]:
+    """Draws the runs and prints a table. Returns its rows, and {label: last-ten means [S]}.
+
+    Raises SystemExit with one sentence.
+    """
     runs = pool([read_run(folder) for folder in folders])
-    table = [summarise(run, label_of(run, runs)) for run in runs]
+    table, scores = zip(*(summarise(run, label_of(run, runs)) for run in runs), strict=True)
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
     for i, (run, (label, *_)) in enumerate(zip(runs, table, strict=True)):
@@ -148,7 +168,7 @@ def compare(folders: list[Path], picture: Path) -> list[list]:
     for label, *numbers in table:
         print(line.format(label, width, *numbers).replace("[   nan,   nan]", " " * 15))
     print(f"-> {picture}")
-    return table
+    return table, {label: x for (label, *_), x in zip(table, scores, strict=True)}
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from common.run import InputError, prepare  # noqa: E402
 from common.run.cli import load_config  # noqa: E402
 from common.run.settings import MAY_CHANGE  # noqa: E402
 from common.run.workdir import check_same, load_settings, write_json  # noqa: E402
-from experiments.compare import COLUMNS, compare  # noqa: E402
+from experiments.compare import COLUMNS, compare, interquartile_mean  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +235,11 @@ def reason(logs):
 
 
 def compare_runs(folder):
-    """Compares the finished runs of each task and data set in table.csv and in a picture."""
-    tasks = collections.defaultdict(list)
+    """Compares the finished runs of each task and data set in table.csv and in a picture.
+
+    Ends with the interquartile mean of each setting that all of them have.
+    """
+    tasks, pooled = collections.defaultdict(list), collections.defaultdict(list)
     for path in sorted(folder.glob("*/*/*/results.json")):
         if path.parent.name.isdigit():  # no earlier run that was set aside
             config = json.loads((path.parent / "config.json").read_text())
@@ -249,11 +252,22 @@ def compare_runs(folder):
         for task, folders in tasks.items():
             print(f"\n{task}")
             try:
-                rows = compare(folders, folder / f"{task}.png")
+                rows, scores = compare(folders, folder / f"{task}.png")
             except SystemExit as error:  # their environments or their rows differ
                 print(error, file=sys.stderr)
                 continue
             writer.writerows([task, *row] for row in rows)
+            for label, values in scores.items():
+                pooled[label].append(values)
+        shared = {x: values for x, values in pooled.items() if len(values) == len(tasks) > 1}
+        if shared:
+            print(f"\nIQM of the means of the last ten over all {len(tasks)} tasks")
+        for label, values in shared.items():
+            iqm, low, high = interquartile_mean(values)
+            print(f"{label:{max(map(len, shared))}}  {iqm:6.1f} [{low:6.1f},{high:6.1f}]")
+            row = {"label": label, "seeds": sum(map(len, values)), "mean_last_10": iqm}
+            row |= {"mean_last_10_low": low, "mean_last_10_high": high}
+            writer.writerow(["IQM", *(row.get(name, "") for name in COLUMNS)])
 
 
 def sweep(args, runs):

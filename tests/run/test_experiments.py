@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import toy_script
 from comparing import kill, rows_of
+from scipy.stats import trim_mean
 from toys import Walk, tiny_config, toy_columns, write_hdf5
 
 import ssar_td3bc
 from common.run import InputError
 from common.run.folder import close_run
 from experiments import analyse
-from experiments.compare import COLUMNS, compare, interval
+from experiments.compare import COLUMNS, compare, interquartile_mean, interval
 from experiments.watch import watch
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,8 @@ def runs(tmp_path_factory):
 
 
 def test_the_table_gives_means_of_results_over_pooled_seeds(runs, tmp_path):
-    table = compare([runs / name for name in ("a", "other", "b", "part")], tmp_path / "x.png")
+    folders = [runs / name for name in ("a", "other", "b", "part")]
+    table, scores = compare(folders, tmp_path / "x.png")
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in table]
     assert [(row["label"], row["seeds"]) for row in rows] == [
         ("discount=0.99", 4), ("discount=0.5", 2), ("discount=0.99 (unfinished)", 2)
@@ -71,6 +73,7 @@ def test_the_table_gives_means_of_results_over_pooled_seeds(runs, tmp_path):
         assert rows[0][key] == pytest.approx(np.mean(values)), key
         if f"{key}_low" in COLUMNS:
             assert min(values) <= rows[0][f"{key}_low"] < rows[0][key] < rows[0][f"{key}_high"]
+    np.testing.assert_allclose(scores["discount=0.5"].mean(), rows[1]["mean_last_10"])
     part = [float(row["score"]) for row in rows_of(runs / "part")[-2:]]
     assert rows[2]["last"] == pytest.approx(np.mean(part)) and np.isnan(rows[2]["behaviour"])
 
@@ -81,6 +84,14 @@ def test_the_interval_of_many_seeds_is_that_of_a_normal_mean():
     expected = values.mean() + half * np.array([[-1], [1]])
     np.testing.assert_allclose(interval(values), expected, atol=0.1 * half)
     assert np.isnan(interval(values[:1])).all()
+
+
+def test_the_interquartile_mean_resamples_seeds_within_their_task():
+    tasks = [np.random.default_rng(i).normal(i, 1, 3 + i) for i in range(3)]
+    iqm, low, high = interquartile_mean(tasks)
+    assert iqm == pytest.approx(trim_mean(np.concatenate(tasks), 0.25)) and low < iqm < high
+    constant = [np.full(5, 0.0), np.full(5, 30.0), np.full(5, 90.0)]
+    assert interquartile_mean(constant) == pytest.approx([trim_mean(constant, 0.25, None)] * 3)
 
 
 INCOMPARABLE = {

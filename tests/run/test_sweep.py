@@ -91,7 +91,9 @@ def test_finished_runs_are_skipped_and_the_table_grows(project, tmp_path):
     assert starts(folder) == dict.fromkeys(runs, 1)
     used = [json.loads((folder / run / "results.json").read_text())["gpus"] for run in runs]
     assert used == ["GPU-8f3a", "MIG-5c21"]  # each has one of its own
-    rows = rows_of(folder, "table.csv")
+    *rows, iqm = rows_of(folder, "table.csv")
+    assert (iqm["task"], iqm["label"], iqm["seeds"]) == ("IQM", "ssar_td3bc", "4")
+    assert float(iqm["mean_last_10"]) == 0.5 and "over all 2 tasks" in done.stdout
     found = [(x["task"], x["seeds"], x["last"], x["last_low"], x["last_high"]) for x in rows]
     assert found == [(task, "2", "0.5", "0.0", "1.0") for task in TASKS[1:]]
     assert all((folder / f"{task}.png").stat().st_size for task in TASKS[1:])
