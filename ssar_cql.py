@@ -10,8 +10,8 @@ It is the same β_φ as in TD3+BC: for π ∝ exp Q, CQL's regulariser log Σ ex
 The margin is log π(a|s) - C_n(s), where C_n(s) is the log-density n standard deviations from the
 mean of π(s), the smaller of its two sides.
 
-    D̂ ⊂ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
-    every update, on a batch (s, a, r, s', d) of D, from the parameters before it:
+    D̂ ⊆ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
+    every update, on a batch (s, a, r, s', d) of D, all from the parameters before the update:
         π: Adam on mean α log π(ã|s) - min_i Q_i(s, ã), ã ~ π(s)
         α: Adam on -log α (mean log π(ã|s) - |A|)
         y  = r + γ (1 - d) min_i Q_target_i(s', a'), a' ~ π(s')
@@ -43,7 +43,7 @@ mean of π(s), the smaller of its two sides.
             buffer_init          load_way                 all | half | part (best 50) | none
     Defaults and every other field: configs/ssar_cql.py.
 
-    on AntMaze only, after cql_lagrange, cql_target_action_gap, cql_clip_diff_min and others:
+    on AntMaze only (the authors' cql_lagrange, cql_target_action_gap, cql_clip_diff_min, ...):
     α'      lagrange, target_action_gap  α' β_φ (regulariser - gap) instead; α' is tuned to the gap
             clip_diff_min                the regulariser's lower bound
             max_target_backup            a' is the best of K by min_i Q_target_i
@@ -56,7 +56,7 @@ within ±0.99999 and within 0.1 n of tanh(μ); C_10 is a floor for log π; the a
 the data's actions are clipped to ±0.9999; the β_φ loss is a mean over the whole batch, not over D̂;
 n is tested on one batch. It deviates from that code as follows:
     - The margin is formed in units of σ before tanh, and the data's action stays within ±0.99999
-      there, so that rounding makes none of them NaN.
+      there, so that rounding cannot make it NaN.
     - A decay_steps of 0 or less means no annealing.
     - Fine-tuning restores the targets, n, and the fact that n has stopped.
     - beta_min, beta_mean and beta_max leave out transitions that are not regularised.
@@ -110,7 +110,7 @@ class Threshold(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes, for one seed."""
+    """The state of training, for one seed."""
 
     actor: dict
     critic: chex.ArrayTree  # both critics: stacked, leaves [2, ...]; a tuple where depths differ
@@ -126,7 +126,7 @@ class TrainState(NamedTuple):
     threshold: Threshold
     step: jax.Array  # [] i32, updates so far
     online_step: jax.Array  # [] i32, how many of them were online
-    key: jax.Array  # [] PRNG key
+    key: jax.Array  # [] PRNG key, constant: update t folds t into it
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -182,7 +182,7 @@ def init_actor(key, obs_dim, action_dim, hidden_dims):
     small = nn.initializers.variance_scaling(0.01**2, "fan_avg", "uniform")  # 0.01 Xavier
     kernel_inits = (None,) * len(hidden_dims) + (small,)
     params = init_mlp(key, obs_dim, (*hidden_dims, 2 * action_dim), kernel_inits=kernel_inits)
-    return params | {"log_std": jnp.array([1.0, -1.0])}  # a factor and an offset, both learned
+    return params | {"log_std": jnp.array([1.0, -1.0])}  # a factor and an offset; both are learned
 
 
 def log_density(distribution, unit):
@@ -215,7 +215,7 @@ def critics(params, obs, action):
     """Both Q: [B, O], [B, A] -> [2, B]; or [B, K, A] -> [2, B, K]."""
     if isinstance(params, tuple):
         return jnp.stack([critic(each, obs, action) for each in params])
-    # A shared input would be copied into another memory layout: 6 % of an update on a CPU.
+    # By hand, as vmap would copy a shared input to another layout: 6 % of an update on a CPU.
     obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
     return jax.vmap(critic)(params, obs, action)
 
@@ -277,19 +277,19 @@ def select_by_return(rewards, ends, return_threshold=None):
     _, lengths, returns = episodes_of(rewards, ends)
     if return_threshold is not None:
         return np.repeat(returns > return_threshold, lengths)
-    best = np.argsort(-returns)
-    last = np.searchsorted(np.cumsum(lengths[best]), len(rewards) / 2)  # half the transitions
-    return np.repeat(returns >= returns[best[last]], lengths)
+    order = np.argsort(-returns)
+    last = np.searchsorted(np.cumsum(lengths[order]), len(rewards) / 2)  # half the transitions
+    return np.repeat(returns >= returns[order[last]], lengths)
 
 
 def select_by_success(rewards, ends, fail_reward):
-    """D̂ for sparse rewards: trajectories that do not end with the failing reward. bool [N]."""
+    """D̂ for sparse rewards: trajectories whose last reward is not fail_reward. bool [N]."""
     _, lengths, _ = episodes_of(rewards, ends)
     return np.repeat(rewards[ends] != np.float32(fail_reward), lengths)
 
 
 class IQLState(NamedTuple):
-    """Implicit Q-learning, trained only to label D̂."""
+    """Implicit Q-learning, trained only to label D̂, with the batch size, γ and τ of the script."""
 
     value: dict
     critic: dict  # both critics, stacked
@@ -297,7 +297,7 @@ class IQLState(NamedTuple):
     value_opt: optax.OptState
     critic_opt: optax.OptState
     step: jax.Array  # [] i32
-    key: jax.Array
+    key: jax.Array  # [] PRNG key, constant
 
 
 iql_adam = optax.adam(3e-4)
@@ -367,13 +367,14 @@ def critic_loss(params, state, batch, noise, distribution, weight, config):
     next_q = jnp.take_along_axis(next_q, best, axis=1)[:, 0]  # the best by Q alone
     target = batch.reward + config.discount * (1 - batch.terminated) * next_q  # [B]
     actions, log_prob = scored_actions(distribution, next_distribution, batch, noise)
-    if config.block_size:  # gives what the other branch gives, and is faster on a CPU
+    if config.block_size:  # the same result as below, faster on a CPU
         q = critics(params, batch.obs, batch.action)  # [2, B]
         inputs = (batch.obs, actions, log_prob, weight)
-        penalty = sum_in_blocks(partial(regulariser, config), config.block_size, params, inputs)
+        score = partial(block_regulariser, config)
+        penalty = sum_in_blocks(score, config.block_size, params, inputs)
     else:
         scores = critics(params, batch.obs, actions)
-        q, penalty = scores[..., 0], weigh_scores(scores, log_prob, weight, config)
+        q, penalty = scores[..., 0], weighted_regulariser(scores, log_prob, weight, config)
     penalty /= len(weight)
     chex.assert_equal_shape([target, q[0], weight])
     td_loss = jnp.square(q - target).mean(axis=1).sum()
@@ -395,12 +396,12 @@ def scored_actions(distribution, next_distribution, batch, noise):
     return jnp.concatenate(actions, axis=1), jnp.concatenate(log_probs, axis=1)
 
 
-def regulariser(config, params, obs, actions, log_prob, weight):
-    """CQL's regulariser for some states: [b, O], [b, 1 + 3K, A], [b, 3K], [b] -> []."""
-    return weigh_scores(critics(params, obs, actions), log_prob, weight, config)
+def block_regulariser(config, params, obs, actions, log_prob, weight):
+    """weighted_regulariser of one block: [b, O], [b, 1 + 3K, A], [b, 3K], [b] -> []."""
+    return weighted_regulariser(critics(params, obs, actions), log_prob, weight, config)
 
 
-def weigh_scores(q, log_prob, weight, config):
+def weighted_regulariser(q, log_prob, weight, config):
     """Σ weight (log Σ exp Q - Q(s, a)) over states and critics, minus the gap if lagrange.
 
     q: [2, b, 1 + 3K], the data's action first. The importance weights are 1 / exp(log_prob).
@@ -419,7 +420,7 @@ def sum_in_blocks(loss, block_size, params, inputs):
     """loss(params, *inputs), a sum over the batch, computed a block at a time.
 
     inputs: arrays [B, ...], the weight last. A CPU's cache holds a block. Entries of weight 0 add
-    nothing and are skipped. Only `params` get a gradient, which is computed on the way.
+    nothing and are skipped. Only `params` get a gradient; the forward pass computes it already.
     """
     return block_gradients(loss, block_size, params, inputs)[0]
 
@@ -430,7 +431,7 @@ def block_gradients(loss, block_size, params, inputs):
     size = min(block_size, len(weight))
     num_blocks = -(-len(weight) // size)
     chosen = jnp.nonzero(weight, size=num_blocks * size, fill_value=len(weight))[0]
-    chosen = chosen.reshape(num_blocks, size)  # indices of weight first, then out of bounds
+    chosen = chosen.reshape(num_blocks, size)  # where weight is not 0; then out of bounds
 
     def add_block(i, total):
         block = [x.at[chosen[i]].get(mode="fill", fill_value=0) for x in inputs]
@@ -451,7 +452,7 @@ def multiplier(log_alpha_prime, config):
     return jnp.clip(jnp.exp(log_alpha_prime), 0, 1e6) if config.lagrange else 1.0
 
 
-def multiplier_loss(log_alpha_prime, penalty, config):
+def alpha_prime_loss(log_alpha_prime, penalty, config):
     """Raises α' while the penalty, the regulariser minus its gap, is positive. penalty: []."""
     alpha_prime = multiplier(log_alpha_prime, config)
     return -alpha_prime * penalty / 2, {"alpha_prime": alpha_prime}  # the mean of both critics
@@ -469,7 +470,7 @@ def actor_loss(params, state, batch, noise, config):
     return loss.mean(), info
 
 
-def entropy_loss(log_alpha, entropy, batch):
+def alpha_loss(log_alpha, entropy, batch):
     """Raises α while the entropy is below -|A|."""
     return log_alpha * (entropy + batch.action.shape[-1]), {"alpha": jnp.exp(log_alpha)}
 
@@ -510,7 +511,7 @@ def update_threshold(threshold, margin, mask, step, config):
 
 
 def anneal_factor(online_step, config):
-    """The factor on β in online update N: 1 at N = 0, and 0 from N_end on."""
+    """The factor on β in online update N = 1, 2, ...: it falls from 1, and is 0 from N_end on."""
     if config.anneal == "none" or config.decay_steps <= 0:
         return 1.0
     done = jnp.clip(jnp.asarray(online_step, float) / config.decay_steps, 0, 1)
@@ -531,22 +532,22 @@ def optimizers(config):
 def init_state(key, obs_dim, action_dim, config):
     """The state before the first update. Targets are copies, so that both can be donated."""
     key, actor_key, critic_key, beta_key = jax.random.split(key, 4)
-    policy = init_actor(actor_key, obs_dim, action_dim, config.hidden_dims)
+    actor_params = init_actor(actor_key, obs_dim, action_dim, config.hidden_dims)
     sizes = obs_dim + action_dim, config.hidden_dims[0], config.critic_layers
-    pair = init_orthogonal_critics(critic_key, *sizes)
-    beta = init_coefficient(beta_key, obs_dim, config.coefficient_hidden_dims)
+    critic_params = init_orthogonal_critics(critic_key, *sizes)
+    coefficient_params = init_coefficient(beta_key, obs_dim, config.coefficient_hidden_dims)
     log_alpha, log_alpha_prime = jnp.zeros(()), jnp.ones(())
     actor_adam, critic_adam, beta_adam = optimizers(config)
     return TrainState(
-        actor=policy,
-        critic=pair,
-        target_critic=jax.tree.map(jnp.copy, pair),
-        coefficient=beta,
+        actor=actor_params,
+        critic=critic_params,
+        target_critic=jax.tree.map(jnp.copy, critic_params),
+        coefficient=coefficient_params,
         log_alpha=log_alpha,
         log_alpha_prime=log_alpha_prime,
-        actor_opt=actor_adam.init(policy),
-        critic_opt=critic_adam.init(pair),
-        coefficient_opt=beta_adam.init(beta),
+        actor_opt=actor_adam.init(actor_params),
+        critic_opt=critic_adam.init(critic_params),
+        coefficient_opt=beta_adam.init(coefficient_params),
         log_alpha_opt=actor_adam.init(log_alpha),
         log_alpha_prime_opt=critic_adam.init(log_alpha_prime),
         threshold=Threshold(n=jnp.asarray(config.n_start, float), stopped_at=jnp.int32(-1)),
@@ -574,8 +575,8 @@ def sample_noise(key, batch, config):
 def update_step(state, batch, noise, config, *, online=False):
     """One update: actor and α, critics and α', then β_φ and the threshold, then the targets.
 
-    online: whether β_φ and n are frozen and β_φ is annealed. It and config, a FrozenConfigDict, are
-    static. Returns the state and scalars.
+    batch: its actions within ±0.9999, see make_transitions. online: whether φ and n are frozen and
+    β_φ is annealed. It and config, a FrozenConfigDict, are static. Returns the state and scalars.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     actor_adam, critic_adam, _ = optimizers(config)
@@ -586,14 +587,14 @@ def update_step(state, batch, noise, config, *, online=False):
     )
     distribution = info.pop("distribution")
     log_alpha, log_alpha_opt, alpha_info = descend(
-        entropy_loss, state.log_alpha, actor_adam, state.log_alpha_opt, info["entropy"], batch
+        alpha_loss, state.log_alpha, actor_adam, state.log_alpha_opt, info["entropy"], batch
     )
 
     # --- critics: β_φ weights the regulariser, which covers D̂ alone if loosen_bound ---
     beta, regularised = config.coefficient_init * everywhere, everywhere
     if config.coefficient == "adaptive":
         beta = coefficient(state.coefficient, batch.obs, config)
-        regularised = batch.trusted if config.loosen_bound else everywhere
+        regularised = batch.trusted if config.loosen_bound else everywhere  # m_Q
     anneal = anneal_factor(state.online_step, config) if online else 1.0
     weight = beta * regularised * anneal
     pair, critic_opt, critic_info = descend(
@@ -602,16 +603,15 @@ def update_step(state, batch, noise, config, *, online=False):
     )  # fmt: skip
     info |= alpha_info | critic_info
     info["anneal"] = jnp.asarray(anneal, beta.dtype)
-    state = state._replace(actor=policy, actor_opt=actor_opt)
+    state = state._replace(actor=policy, actor_opt=actor_opt, critic=pair, critic_opt=critic_opt)
     state = state._replace(log_alpha=log_alpha, log_alpha_opt=log_alpha_opt)
-    state = state._replace(critic=pair, critic_opt=critic_opt)
     if config.lagrange:
         state, multiplier_info = update_multiplier(state, info["regulariser"], config)
         info |= multiplier_info
-    margin = log_likelihood_margin(state.actor, batch, state.threshold)
 
     # --- β_φ and n: the margin is that of the actor after its step ---
-    mask = batch.trusted if config.select_actions else everywhere
+    margin = log_likelihood_margin(state.actor, batch, state.threshold)
+    mask = batch.trusted if config.select_actions else everywhere  # m_β
     if config.coefficient == "adaptive" and not online:
         state = update_coefficient(state, batch, margin, mask, config)
 
@@ -627,7 +627,7 @@ def update_multiplier(state, penalty, config):
     """One step of α', where `penalty` is the regulariser of both critics."""
     _, critic_adam, _ = optimizers(config)
     log_alpha_prime, opt_state, info = descend(
-        multiplier_loss, state.log_alpha_prime, critic_adam, state.log_alpha_prime_opt,
+        alpha_prime_loss, state.log_alpha_prime, critic_adam, state.log_alpha_prime_opt,
         penalty, config,
     )  # fmt: skip
     return state._replace(log_alpha_prime=log_alpha_prime, log_alpha_prime_opt=opt_state), info
@@ -646,14 +646,14 @@ def update_coefficient(state, batch, margin, mask, config):
 
 def coefficient_metrics(beta, regularised, margin, mask, batch):
     """What β_φ and the threshold did in this batch; β_φ where it has an effect. Scalars."""
-    regularised = jnp.where(regularised.any(), regularised, 1) > 0  # if there are none, show all
+    shown = jnp.where(regularised.any(), regularised, 1) > 0  # if there are none, show all
     return {
-        "beta_min": beta.min(where=regularised, initial=jnp.inf),
-        "beta_mean": beta.mean(where=regularised),
-        "beta_max": beta.max(where=regularised, initial=0),
+        "beta_min": beta.min(where=shown, initial=jnp.inf),
+        "beta_mean": beta.mean(where=shown),
+        "beta_max": beta.max(where=shown, initial=0),
         "margin": margin.mean(),
         "trusted_margin": (margin * mask).sum() / jnp.maximum(mask.sum(), 1),
-        "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),
+        "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),  # of D̂ and the rest alike
         "trusted_fraction": batch.trusted.mean(),
     }
 
@@ -703,8 +703,8 @@ def train_interval(state, data, config, num_updates=None):
         batch = take(data, indices)
         noise = sample_noise(key, batch, config)
         state, info = update_step(state, batch, noise, config)
-        names[:] = info  # filled when scan traces this function
-        return state, jnp.stack([*info.values()])  # one array: one kernel instead of ten
+        names[:] = info  # the metrics' names, filled when scan traces this function
+        return state, jnp.stack([*info.values()])  # one array: one kernel, not one each
 
     state, metrics = jax.lax.scan(body, state, draws)
     return state, dict(zip(names, metrics.mean(axis=0), strict=True))
@@ -716,7 +716,7 @@ def act(actor_params, observations):
     return jnp.tanh(mean)
 
 
-# The seeds share the data, but each has its own D̂.
+# The in_axes of a data set: the seeds share it, but each has its own D̂.
 DATA_AXES = Transition(None, None, None, None, None, trusted=0)
 
 
@@ -793,7 +793,7 @@ class ReplayBuffer(NamedTuple):
 
 
 def init_buffer(data, config):
-    """An empty replay buffer for transitions like those of `data`."""
+    """An empty replay buffer for rows like those of `data`, but with one seed's `trusted`, [C]."""
     capacity = config.buffer_capacity or config.online_steps
     empty = lambda x: jnp.zeros((capacity, *x.shape[1:]), x.dtype)
     return ReplayBuffer(jax.tree.map(empty, data._replace(trusted=data.reward)), jnp.int32(0))
@@ -864,7 +864,7 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
     learn = partial(online_update, config=config)
     learn = seeds.vmap(learn, in_axes=(0, 0, DATA_AXES), donate=0)
     play = seeds.vmap(act)
-    # Updates fold their number into these keys: exploration folds one that they never reach.
+    # Exploration's own keys: updates never fold so high a number into state.key.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     buffer = seeds.spread(jax.vmap(lambda _: init_buffer(data, config))(keys))
     state, buffer = run.resume("online", (state, buffer), config.online_steps)

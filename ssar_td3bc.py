@@ -6,11 +6,11 @@ falls where the data's action is likely enough under the actor, log π(a|s) > C_
 where it is not. Only the trusted part D̂ of the data D shapes it.
 
 The margin is log π(a|s) - C_n(s), with C_n(s) the log-density n standard deviations from π(s).
-For a Gaussian of width σ around π(s) it is ((σn)² - (π(s) - a)²) / (2σ²) in each dimension. The
-code drops 1/(2σ²), averages over dimensions, and caps the square at 1 (for σ = 0.1, at C_10(s)).
+For a Gaussian of width σ around π(s), the margin is ((σn)² - (π(s) - a)²) / (2σ²) per dimension.
+The code drops 1/(2σ²), averages over dimensions, and takes (π(s) - a)² as at most 1: 10 σ, squared.
 
-    D̂ ⊂ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
-    every update, on a batch (s, a, r, s', d) of D:
+    D̂ ⊆ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
+    every update, on a batch (s, a, r, s', d) of D, each line after those above it:
         a' = clip(π_target(s') + clip(noise, ±noise_clip), ±1)
         y  = r + γ (1 - d) min_i Q_target_i(s', a')
         Q_i: Adam on mean (Q_i(s, a) - y)²
@@ -94,7 +94,7 @@ class Threshold(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes, for one seed."""
+    """The state of training, for one seed."""
 
     actor: dict
     target_actor: dict
@@ -107,7 +107,7 @@ class TrainState(NamedTuple):
     threshold: Threshold
     step: jax.Array  # [] i32, updates so far
     online_step: jax.Array  # [] i32, how many of them were online
-    key: jax.Array  # [] PRNG key
+    key: jax.Array  # [] PRNG key, constant: update t folds t into it
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -163,7 +163,7 @@ def critic(params, obs, action):
 
 def critics(params, obs, action):
     """Both Q, of stacked parameters: [B, O], [B, A] -> [2, B]."""
-    # A shared input would be copied into another memory layout: 6 % of an update on a CPU.
+    # By hand, as vmap would copy a shared input to another layout: 6 % of an update on a CPU.
     obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
     return jax.vmap(critic)(params, obs, action)
 
@@ -212,19 +212,19 @@ def select_by_return(rewards, ends, return_threshold=None):
     _, lengths, returns = episodes_of(rewards, ends)
     if return_threshold is not None:
         return np.repeat(returns > return_threshold, lengths)
-    best = np.argsort(-returns)
-    last = np.searchsorted(np.cumsum(lengths[best]), len(rewards) / 2)  # half the transitions
-    return np.repeat(returns >= returns[best[last]], lengths)
+    order = np.argsort(-returns)
+    last = np.searchsorted(np.cumsum(lengths[order]), len(rewards) / 2)  # half the transitions
+    return np.repeat(returns >= returns[order[last]], lengths)
 
 
 def select_by_success(rewards, ends, fail_reward):
-    """D̂ for sparse rewards: trajectories that do not end with the failing reward. bool [N]."""
+    """D̂ for sparse rewards: trajectories whose last reward is not fail_reward. bool [N]."""
     _, lengths, _ = episodes_of(rewards, ends)
     return np.repeat(rewards[ends] != np.float32(fail_reward), lengths)
 
 
 class IQLState(NamedTuple):
-    """Implicit Q-learning, trained only to label D̂."""
+    """Implicit Q-learning, trained only to label D̂, with the batch size, γ and τ of the script."""
 
     value: dict
     critic: dict  # both critics, stacked
@@ -232,7 +232,7 @@ class IQLState(NamedTuple):
     value_opt: optax.OptState
     critic_opt: optax.OptState
     step: jax.Array  # [] i32
-    key: jax.Array
+    key: jax.Array  # [] PRNG key, constant
 
 
 iql_adam = optax.adam(3e-4)
@@ -313,7 +313,7 @@ def actor_loss(params, state, batch, weight, config):
 
 
 def log_likelihood_margin(squared_error, threshold, config):
-    """log π(a|s) - C_n(s) for a Gaussian of width σ, up to a factor: [B, A] -> [B] (Eq. 6)."""
+    """log π(a|s) - C_n(s) for a Gaussian of width σ, times 2σ²: [B, A] -> [B] (Eq. 6)."""
     return (config.expl_noise * threshold.n) ** 2 - jnp.minimum(squared_error, 1).mean(axis=-1)
 
 
@@ -336,7 +336,7 @@ def update_threshold(threshold, margin, mask, step, config):
 
 
 def anneal_factor(online_step, config):
-    """The factor on β in online update N: 1 at N = 0, and 0 from N_end on."""
+    """The factor on β in online update N = 1, 2, ...: it falls from 1, and is 0 from N_end on."""
     if config.anneal == "none" or config.decay_steps <= 0:
         return 1.0
     done = jnp.clip(jnp.asarray(online_step, float) / config.decay_steps, 0, 1)
@@ -357,19 +357,20 @@ def optimizers(config):
 def init_state(key, obs_dim, action_dim, config):
     """The state before the first update. Targets are copies, so that both can be donated."""
     key, actor_key, critic_key, beta_key = jax.random.split(key, 4)
-    policy = init_mlp(actor_key, obs_dim, (*config.hidden_dims, action_dim))
-    pair = init_critics(critic_key, obs_dim + action_dim, (*config.hidden_dims, 1), layer_norm=True)
-    beta = init_coefficient(beta_key, obs_dim, config.coefficient_hidden_dims)
+    actor_params = init_mlp(actor_key, obs_dim, (*config.hidden_dims, action_dim))
+    sizes = obs_dim + action_dim, (*config.hidden_dims, 1)
+    critic_params = init_critics(critic_key, *sizes, layer_norm=True)
+    coefficient_params = init_coefficient(beta_key, obs_dim, config.coefficient_hidden_dims)
     actor_adam, critic_adam, beta_adam = optimizers(config)
     return TrainState(
-        actor=policy,
-        target_actor=jax.tree.map(jnp.copy, policy),
-        critic=pair,
-        target_critic=jax.tree.map(jnp.copy, pair),
-        coefficient=beta,
-        actor_opt=actor_adam.init(policy),
-        critic_opt=critic_adam.init(pair),
-        coefficient_opt=beta_adam.init(beta),
+        actor=actor_params,
+        target_actor=jax.tree.map(jnp.copy, actor_params),
+        critic=critic_params,
+        target_critic=jax.tree.map(jnp.copy, critic_params),
+        coefficient=coefficient_params,
+        actor_opt=actor_adam.init(actor_params),
+        critic_opt=critic_adam.init(critic_params),
+        coefficient_opt=beta_adam.init(coefficient_params),
         threshold=Threshold(n=jnp.asarray(config.n_start, float), stopped_at=jnp.int32(-1)),
         step=jnp.int32(0),
         online_step=jnp.int32(0),
@@ -385,8 +386,9 @@ def sample_noise(key, batch, config):
 def update_step(state, batch, noise, config, *, update_actor, online=False):
     """One update: the critics and, every policy_freq updates, actor, β_φ, threshold and targets.
 
-    update_actor: whether this update is one of those. online: whether β_φ and n are frozen and β_φ
-    is annealed. They and config, a FrozenConfigDict, are static. Returns the state and scalars.
+    update_actor: whether this update is one of those, the last of each policy_freq; update_period
+    must be a multiple of policy_freq, or n is never tested. online: whether φ and n are frozen and
+    β_φ is annealed. Both and config, a FrozenConfigDict, are static. Returns the state and scalars.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     _, critic_adam, _ = optimizers(config)
@@ -408,7 +410,7 @@ def update_actor_and_coefficient(state, batch, config, online):
     beta, regularised = config.coefficient_init * everywhere, everywhere
     if config.coefficient == "adaptive":
         beta = coefficient(state.coefficient, batch.obs, config)
-        regularised = batch.trusted if config.loosen_bound else everywhere
+        regularised = batch.trusted if config.loosen_bound else everywhere  # m_π
     anneal = anneal_factor(state.online_step, config) if online else 1.0
     weight = beta * regularised * anneal
     policy, actor_opt, info = descend(
@@ -419,7 +421,7 @@ def update_actor_and_coefficient(state, batch, config, online):
     state = state._replace(actor=policy, actor_opt=actor_opt)
 
     # --- β_φ and n: the margin is that of the actor before its step ---
-    mask = batch.trusted if config.select_actions else everywhere
+    mask = batch.trusted if config.select_actions else everywhere  # m_β
     if config.coefficient == "adaptive" and not online:
         state = update_coefficient(state, batch, margin, mask, config)
 
@@ -445,14 +447,14 @@ def update_coefficient(state, batch, margin, mask, config):
 
 def coefficient_metrics(beta, regularised, margin, mask, batch):
     """What β_φ and the threshold did in this batch; β_φ where it has an effect. Scalars."""
-    regularised = jnp.where(regularised.any(), regularised, 1) > 0  # if there are none, show all
+    shown = jnp.where(regularised.any(), regularised, 1) > 0  # if there are none, show all
     return {
-        "beta_min": beta.min(where=regularised, initial=jnp.inf),
-        "beta_mean": beta.mean(where=regularised),
-        "beta_max": beta.max(where=regularised, initial=0),
+        "beta_min": beta.min(where=shown, initial=jnp.inf),
+        "beta_mean": beta.mean(where=shown),
+        "beta_max": beta.max(where=shown, initial=0),
         "margin": margin.mean(),
         "trusted_margin": (margin * mask).sum() / jnp.maximum(mask.sum(), 1),
-        "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),
+        "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),  # of D̂ and the rest alike
         "trusted_fraction": batch.trusted.mean(),
     }
 
@@ -490,8 +492,8 @@ def sample_indices(keys, data, config):
 def train_interval(state, data, config, num_updates=None):
     """`num_updates` updates in one scan, by default config.updates_per_call.
 
-    data: Transition [N, ...]. num_updates: a multiple of policy_freq. Returns the state and the
-    means of the metrics, taken at the updates that also move the actor.
+    data: Transition [N, ...]. num_updates: a multiple of policy_freq, as state.step is. Returns the
+    state and the means of the metrics, taken at the updates that also move the actor.
     """
     steps = state.step + 1 + jnp.arange(num_updates or config.updates_per_call)
     keys = jax.vmap(partial(update_keys, state.key))(steps)  # [T, 2]
@@ -506,8 +508,8 @@ def train_interval(state, data, config, num_updates=None):
             noise = sample_noise(key, batch, config)
             is_last = i == config.policy_freq - 1
             state, info = update_step(state, batch, noise, config, update_actor=is_last)
-        names[:] = info  # filled when scan traces this function
-        return state, jnp.stack([*info.values()])  # one array: one kernel instead of ten
+        names[:] = info  # the metrics' names, filled when scan traces this function
+        return state, jnp.stack([*info.values()])  # one array: one kernel, not one each
 
     state, metrics = jax.lax.scan(body, state, draws)
     return state, dict(zip(names, metrics.mean(axis=0), strict=True))
@@ -518,7 +520,7 @@ def act(actor_params, observations):
     return actor(actor_params, observations)
 
 
-# The seeds share the data, but each has its own D̂.
+# The in_axes of a data set: the seeds share it, but each has its own D̂.
 DATA_AXES = Transition(None, None, None, None, None, trusted=0)
 
 
@@ -595,7 +597,7 @@ class ReplayBuffer(NamedTuple):
 
 
 def init_buffer(data, config):
-    """An empty replay buffer for transitions like those of `data`."""
+    """An empty replay buffer for rows like those of `data`, but with one seed's `trusted`, [C]."""
     capacity = config.buffer_capacity or config.online_steps
     empty = lambda x: jnp.zeros((capacity, *x.shape[1:]), x.dtype)
     return ReplayBuffer(jax.tree.map(empty, data._replace(trusted=data.reward)), jnp.int32(0))
@@ -667,7 +669,7 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
     learn = partial(online_update, config=config)
     learn = {is_due: compiled(partial(learn, update_actor=is_due)) for is_due in (False, True)}
     play = seeds.vmap(act)
-    # Updates fold their number into these keys: exploration folds one that they never reach.
+    # Exploration's own keys: updates never fold so high a number into state.key.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     buffer = seeds.spread(jax.vmap(lambda _: init_buffer(data, config))(keys))
     state, buffer = run.resume("online", (state, buffer), config.online_steps)

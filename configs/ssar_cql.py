@@ -32,7 +32,7 @@ TASKS = ("demo", "demo-sparse", "custom", "ogbench", *MUJOCO, *ANTMAZE)
 
 
 def defaults():
-    """The authors' settings where they are the same for every MuJoCo task, and selection=auto."""
+    """The authors' usual settings for MuJoCo, and selection=auto; get_config adds a task's own."""
     c = ml_collections.ConfigDict()
 
     # data
@@ -147,7 +147,7 @@ def get_config(task="demo"):
         c.actor_lr, c.coefficient_init, c.critic_layers = 1e-4, 5.0, (5, 3)
         c.lagrange, c.clip_diff_min = True, -200.0
         c.max_target_backup, c.bc_weight = True, 0.5
-    else:
+    else:  # demo, demo-sparse
         c.offline_steps = c.full_length = c.iql_steps = 10_000
         c.eval_interval, c.eval_episodes = 500, 20
         c.hidden_dims, c.coefficient_hidden_dims = (128, 128, 128), (128, 128, 128)

@@ -38,7 +38,7 @@ TASKS = ("demo", "demo-sparse", "custom", "ogbench", *MUJOCO, *ANTMAZE)
 
 
 def defaults():
-    """The authors' settings where they are the same for every MuJoCo task, and selection=auto."""
+    """The authors' usual settings for MuJoCo, and selection=auto; get_config adds a task's own."""
     c = ml_collections.ConfigDict()
 
     # data
@@ -123,7 +123,7 @@ def get_config(task="demo"):
         raise ValueError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
     c = defaults()
     if task == "custom":
-        c.coefficient_init = 2.0  # short runs with 0.4 fell below their data, see experiments/
+        c.coefficient_init = 2.0  # with 0.4, short runs end below their data: see experiments/
         return c
     if task == "ogbench":
         c.task, c.selection, c.coefficient_init = task, "iql", 2.0
@@ -144,7 +144,7 @@ def get_config(task="demo"):
         c.eval_interval, c.eval_episodes = 50_000, 100
         c.anneal = "linear" if task.startswith("antmaze-umaze") else "none"
         c.new_policy_freq = NEW_POLICY_FREQ.get(task, 2)
-    else:
+    else:  # demo, demo-sparse
         c.offline_steps = c.full_length = c.iql_steps = 20_000
         c.eval_interval, c.eval_episodes = 1_000, 20
         c.hidden_dims, c.coefficient_hidden_dims = (128, 128), (128, 128, 128)

@@ -23,7 +23,7 @@ COLUMNS = """label seeds last last_low last_high mean_last_10 mean_last_10_low m
     best best_low best_high n behaviour""".split()
 # Settings in which the seeds of one curve may differ.
 FREE = set("""seed num_seeds offline_checkpoint dataset_path cache_dir checkpoint_minutes
-    updates_per_call block_size wandb eval_interval eval_episodes""".split())  # fmt: skip
+    updates_per_call block_size wandb eval_episodes""".split())  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -100,14 +100,16 @@ def interval(values: np.ndarray) -> np.ndarray:
 def interquartile_mean(tasks: list[np.ndarray]) -> list[float]:
     """The IQM of all scores, and its 95 % stratified bootstrap interval, as in rliable.
 
-    tasks: the scores [S] of the seeds of each task, which are resampled within their task.
+    tasks: the scores [S] of the seeds of each task, which are resampled within their task. Without
+    a second seed in every task, the ends are NaN.
     """
     rng = np.random.default_rng(0)
     draws = np.concatenate([rng.choice(scores, (2000, len(scores))) for scores in tasks], axis=1)
     draws = np.sort(np.concatenate([np.concatenate(tasks)[None], draws]), axis=1)
     cut = draws.shape[1] // 4
     iqm, *resampled = draws[:, cut : draws.shape[1] - cut].mean(axis=1)
-    return [iqm, *np.percentile(resampled, (2.5, 97.5))]
+    ends = np.percentile(resampled, (2.5, 97.5)) if min(map(len, tasks)) > 1 else (np.nan, np.nan)
+    return [iqm, *ends]
 
 
 def draw(axis, run: Run, label: str, color: str) -> None:

@@ -264,7 +264,8 @@ def compare_runs(folder):
             print(f"\nIQM of the means of the last ten over all {len(tasks)} tasks")
         for label, values in shared.items():
             iqm, low, high = interquartile_mean(values)
-            print(f"{label:{max(map(len, shared))}}  {iqm:6.1f} [{low:6.1f},{high:6.1f}]")
+            line = f"{label:{max(map(len, shared))}}  {iqm:6.1f} [{low:6.1f},{high:6.1f}]"
+            print(line.replace("[   nan,   nan]", ""))
             row = {"label": label, "seeds": sum(map(len, values)), "mean_last_10": iqm}
             row |= {"mean_last_10_low": low, "mean_last_10_high": high}
             writer.writerow(["IQM", *(row.get(name, "") for name in COLUMNS)])

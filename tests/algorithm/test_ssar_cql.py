@@ -34,7 +34,7 @@ def test_the_regulariser_is_the_papers_with_every_option(overrides):
         assert difference.min() < 2.5 and difference.max() > 4
         difference = difference.clip(2.5, 4)
     difference -= config.lagrange * 0.8
-    ours = ssar.weigh_scores(q, log_prob, weight, config)
+    ours = ssar.weighted_regulariser(q, log_prob, weight, config)
     np.testing.assert_allclose(ours, (weight * difference).sum(), rtol=1e-5)
 
 

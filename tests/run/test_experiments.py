@@ -92,6 +92,7 @@ def test_the_interquartile_mean_resamples_seeds_within_their_task():
     assert iqm == pytest.approx(trim_mean(np.concatenate(tasks), 0.25)) and low < iqm < high
     constant = [np.full(5, 0.0), np.full(5, 30.0), np.full(5, 90.0)]
     assert interquartile_mean(constant) == pytest.approx([trim_mean(constant, 0.25, None)] * 3)
+    assert np.isnan(interquartile_mean([*constant, np.ones(1)])[1:]).all()
 
 
 INCOMPARABLE = {
