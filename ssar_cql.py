@@ -289,7 +289,7 @@ def select_by_success(rewards, ends, fail_reward):
 
 
 class IQLState(NamedTuple):
-    """Implicit Q-learning, trained only to label D̂, with the batch size, γ and τ of the script."""
+    """Implicit Q-learning, trained only to label D̂, with the script's batch size and γ."""
 
     value: dict
     critic: dict  # both critics, stacked
@@ -307,10 +307,10 @@ def iql_init(key, obs_dim, action_dim):
     """One V and two Q with two layers of 256 units, without LayerNorm."""
     key, value_key, critic_key = jax.random.split(key, 3)
     value = init_mlp(value_key, obs_dim, (256, 256, 1))
-    pair = init_critics(critic_key, obs_dim + action_dim, (256, 256, 1))
-    target = jax.tree.map(jnp.copy, pair)
-    adam_states = iql_adam.init(value), iql_adam.init(pair)
-    return IQLState(value, pair, target, *adam_states, jnp.int32(0), key)
+    critic_params = init_critics(critic_key, obs_dim + action_dim, (256, 256, 1))
+    target = jax.tree.map(jnp.copy, critic_params)
+    adam_states = iql_adam.init(value), iql_adam.init(critic_params)
+    return IQLState(value, critic_params, target, *adam_states, jnp.int32(0), key)
 
 
 def iql_value_loss(params, state, batch, config):
@@ -335,11 +335,11 @@ def iql_step(state, batch, config):
     value, value_opt, info = descend(
         iql_value_loss, state.value, iql_adam, state.value_opt, state, batch, config
     )
-    pair, critic_opt, critic_info = descend(
+    critic_params, critic_opt, critic_info = descend(
         iql_critic_loss, state.critic, iql_adam, state.critic_opt, next_value, batch, config
     )
-    target = optax.incremental_update(pair, state.target_critic, config.target_update_rate)
-    state = IQLState(value, pair, target, value_opt, critic_opt, state.step + 1, state.key)
+    target = optax.incremental_update(critic_params, state.target_critic, config.target_update_rate)
+    state = IQLState(value, critic_params, target, value_opt, critic_opt, state.step + 1, state.key)
     return state, info | critic_info
 
 
@@ -582,7 +582,7 @@ def update_step(state, batch, noise, config, *, online=False):
     actor_adam, critic_adam, _ = optimizers(config)
     everywhere = jnp.ones_like(batch.trusted)
     # --- actor and α: against the critics before their step ---
-    policy, actor_opt, info = descend(
+    actor_params, actor_opt, info = descend(
         actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, noise, config
     )
     distribution = info.pop("distribution")
@@ -597,13 +597,14 @@ def update_step(state, batch, noise, config, *, online=False):
         regularised = batch.trusted if config.loosen_bound else everywhere  # m_Q
     anneal = anneal_factor(state.online_step, config) if online else 1.0
     weight = beta * regularised * anneal
-    pair, critic_opt, critic_info = descend(
+    critic_params, critic_opt, critic_info = descend(
         critic_loss, state.critic, critic_adam, state.critic_opt,
         state, batch, noise, distribution, weight, config,
     )  # fmt: skip
     info |= alpha_info | critic_info
     info["anneal"] = jnp.asarray(anneal, beta.dtype)
-    state = state._replace(actor=policy, actor_opt=actor_opt, critic=pair, critic_opt=critic_opt)
+    state = state._replace(actor=actor_params, actor_opt=actor_opt)
+    state = state._replace(critic=critic_params, critic_opt=critic_opt)
     state = state._replace(log_alpha=log_alpha, log_alpha_opt=log_alpha_opt)
     if config.lagrange:
         state, multiplier_info = update_multiplier(state, info["regulariser"], config)

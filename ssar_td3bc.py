@@ -7,7 +7,7 @@ where it is not. Only the trusted part D̂ of the data D shapes it.
 
 The margin is log π(a|s) - C_n(s), with C_n(s) the log-density n standard deviations from π(s).
 For a Gaussian of width σ around π(s), the margin is ((σn)² - (π(s) - a)²) / (2σ²) per dimension.
-The code drops 1/(2σ²), averages over dimensions, and takes (π(s) - a)² as at most 1: 10 σ, squared.
+The code drops 1/(2σ²), averages over dimensions, and caps (π(s) - a)² at 1, (10σ)² for σ = 0.1.
 
     D̂ ⊆ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
     every update, on a batch (s, a, r, s', d) of D, each line after those above it:
@@ -224,7 +224,7 @@ def select_by_success(rewards, ends, fail_reward):
 
 
 class IQLState(NamedTuple):
-    """Implicit Q-learning, trained only to label D̂, with the batch size, γ and τ of the script."""
+    """Implicit Q-learning, trained only to label D̂, with the script's batch size and γ."""
 
     value: dict
     critic: dict  # both critics, stacked
@@ -242,10 +242,10 @@ def iql_init(key, obs_dim, action_dim):
     """One V and two Q with two layers of 256 units, without LayerNorm."""
     key, value_key, critic_key = jax.random.split(key, 3)
     value = init_mlp(value_key, obs_dim, (256, 256, 1))
-    pair = init_critics(critic_key, obs_dim + action_dim, (256, 256, 1))
-    target = jax.tree.map(jnp.copy, pair)
-    adam_states = iql_adam.init(value), iql_adam.init(pair)
-    return IQLState(value, pair, target, *adam_states, jnp.int32(0), key)
+    critic_params = init_critics(critic_key, obs_dim + action_dim, (256, 256, 1))
+    target = jax.tree.map(jnp.copy, critic_params)
+    adam_states = iql_adam.init(value), iql_adam.init(critic_params)
+    return IQLState(value, critic_params, target, *adam_states, jnp.int32(0), key)
 
 
 def iql_value_loss(params, state, batch, config):
@@ -270,11 +270,11 @@ def iql_step(state, batch, config):
     value, value_opt, info = descend(
         iql_value_loss, state.value, iql_adam, state.value_opt, state, batch, config
     )
-    pair, critic_opt, critic_info = descend(
+    critic_params, critic_opt, critic_info = descend(
         iql_critic_loss, state.critic, iql_adam, state.critic_opt, next_value, batch, config
     )
-    target = optax.incremental_update(pair, state.target_critic, config.target_update_rate)
-    state = IQLState(value, pair, target, value_opt, critic_opt, state.step + 1, state.key)
+    target = optax.incremental_update(critic_params, state.target_critic, config.target_update_rate)
+    state = IQLState(value, critic_params, target, value_opt, critic_opt, state.step + 1, state.key)
     return state, info | critic_info
 
 
@@ -313,7 +313,7 @@ def actor_loss(params, state, batch, weight, config):
 
 
 def log_likelihood_margin(squared_error, threshold, config):
-    """log π(a|s) - C_n(s) for a Gaussian of width σ, times 2σ²: [B, A] -> [B] (Eq. 6)."""
+    """log π(a|s) - C_n(s) of a Gaussian, up to a factor, as above: [B, A] -> [B] (Eq. 6)."""
     return (config.expl_noise * threshold.n) ** 2 - jnp.minimum(squared_error, 1).mean(axis=-1)
 
 
@@ -387,15 +387,15 @@ def update_step(state, batch, noise, config, *, update_actor, online=False):
     """One update: the critics and, every policy_freq updates, actor, β_φ, threshold and targets.
 
     update_actor: whether this update is one of those, the last of each policy_freq; update_period
-    must be a multiple of policy_freq, or n is never tested. online: whether φ and n are frozen and
-    β_φ is annealed. Both and config, a FrozenConfigDict, are static. Returns the state and scalars.
+    must be a multiple of policy_freq, as n is tested in them. online: whether φ and n are frozen
+    and β_φ is annealed. Static, like config, a FrozenConfigDict. Returns the state and scalars.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     _, critic_adam, _ = optimizers(config)
-    pair, critic_opt, info = descend(
+    critic_params, critic_opt, info = descend(
         critic_loss, state.critic, critic_adam, state.critic_opt, state, batch, noise, config
     )
-    state = state._replace(critic=pair, critic_opt=critic_opt)
+    state = state._replace(critic=critic_params, critic_opt=critic_opt)
     if update_actor:
         state, actor_info = update_actor_and_coefficient(state, batch, config, online)
         info |= actor_info
@@ -413,12 +413,12 @@ def update_actor_and_coefficient(state, batch, config, online):
         regularised = batch.trusted if config.loosen_bound else everywhere  # m_π
     anneal = anneal_factor(state.online_step, config) if online else 1.0
     weight = beta * regularised * anneal
-    policy, actor_opt, info = descend(
+    actor_params, actor_opt, info = descend(
         actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, weight, config
     )
     info["anneal"] = jnp.asarray(anneal, beta.dtype)
     margin = log_likelihood_margin(info.pop("squared_error"), state.threshold, config)
-    state = state._replace(actor=policy, actor_opt=actor_opt)
+    state = state._replace(actor=actor_params, actor_opt=actor_opt)
 
     # --- β_φ and n: the margin is that of the actor before its step ---
     mask = batch.trusted if config.select_actions else everywhere  # m_β
@@ -428,7 +428,7 @@ def update_actor_and_coefficient(state, batch, config, online):
     # --- targets ---
     rate = config.target_update_rate
     state = state._replace(
-        target_actor=optax.incremental_update(policy, state.target_actor, rate),
+        target_actor=optax.incremental_update(actor_params, state.target_actor, rate),
         target_critic=optax.incremental_update(state.critic, state.target_critic, rate),
     )
     return state, info | coefficient_metrics(beta, regularised, margin, mask, batch)

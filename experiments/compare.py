@@ -128,11 +128,8 @@ def draw(axis, run: Run, label: str, color: str) -> None:
         axis.axvline(switch / 1000, color="grey", ls=":", lw=1)
 
 
-def summarise(run: Run, label: str) -> tuple[list, np.ndarray]:
-    """A row of the table, see COLUMNS: means over seeds of what results.json gives.
-
-    And each seed's mean of its last ten scores, [S].
-    """
+def summarise(run: Run, label: str) -> list:
+    """A row of the table, see COLUMNS: means over seeds of what results.json gives."""
     measured = []
     for rows in run.seeds.values():
         learned = rows[(rows["phase"] == "online") & (rows["step"] > run.config["warmup_steps"])]
@@ -141,17 +138,13 @@ def summarise(run: Run, label: str) -> tuple[list, np.ndarray]:
     measured = np.array(measured, float)
     table = np.stack([measured.mean(axis=0), *interval(measured)], axis=1)  # [4, 3]
     behaviour = np.array(run.results.get("behaviour", [None]), float)[0]
-    row = [label, len(measured), *table[:3].ravel().tolist(), table[3, 0], behaviour]
-    return row, measured[:, 1]
+    return [label, len(measured), *table[:3].ravel().tolist(), table[3, 0], behaviour]
 
 
-def compare(folders: list[Path], picture: Path) -> tuple[list[list], dict]:
-    """Draws the runs and prints a table. Returns its rows, and {label: last-ten means [S]}.
-
-    Raises SystemExit with one sentence.
-    """
+def compare(folders: list[Path], picture: Path) -> list[list]:
+    """Draws the runs, prints a table and returns its rows. Raises SystemExit with one sentence."""
     runs = pool([read_run(folder) for folder in folders])
-    table, scores = zip(*(summarise(run, label_of(run, runs)) for run in runs), strict=True)
+    table = [summarise(run, label_of(run, runs)) for run in runs]
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
     for i, (run, (label, *_)) in enumerate(zip(runs, table, strict=True)):
@@ -170,7 +163,7 @@ def compare(folders: list[Path], picture: Path) -> tuple[list[list], dict]:
     for label, *numbers in table:
         print(line.format(label, width, *numbers).replace("[   nan,   nan]", " " * 15))
     print(f"-> {picture}")
-    return table, {label: x for (label, *_), x in zip(table, scores, strict=True)}
+    return table
 
 
 if __name__ == "__main__":

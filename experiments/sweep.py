@@ -234,12 +234,9 @@ def reason(logs):
     return f"it wrote nothing ({logs[0]})"
 
 
-def compare_runs(folder):
-    """Compares the finished runs of each task and data set in table.csv and in a picture.
-
-    Ends with the interquartile mean of each setting that all of them have.
-    """
-    tasks, pooled = collections.defaultdict(list), collections.defaultdict(list)
+def compare_runs(folder, runs):
+    """Compares the finished runs of each task and data set in table.csv and in a picture."""
+    tasks = collections.defaultdict(list)
     for path in sorted(folder.glob("*/*/*/results.json")):
         if path.parent.name.isdigit():  # no earlier run that was set aside
             config = json.loads((path.parent / "config.json").read_text())
@@ -247,28 +244,39 @@ def compare_runs(folder):
             words = dict.fromkeys([config["task"], re.sub(r"[^\w.-]+", "_", data).strip("_")])
             tasks["-".join(filter(None, words))].append(path.parent)
     with open(folder / "table.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", *COLUMNS])
+        names = ["task", *COLUMNS]
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
         for task, folders in tasks.items():
             print(f"\n{task}")
             try:
-                rows, scores = compare(folders, folder / f"{task}.png")
+                rows = compare(folders, folder / f"{task}.png")
             except SystemExit as error:  # their environments or their rows differ
                 print(error, file=sys.stderr)
                 continue
-            writer.writerows([task, *row] for row in rows)
-            for label, values in scores.items():
-                pooled[label].append(values)
-        shared = {x: values for x, values in pooled.items() if len(values) == len(tasks) > 1}
-        if shared:
-            print(f"\nIQM of the means of the last ten over all {len(tasks)} tasks")
-        for label, values in shared.items():
-            iqm, low, high = interquartile_mean(values)
-            line = f"{label:{max(map(len, shared))}}  {iqm:6.1f} [{low:6.1f},{high:6.1f}]"
-            print(line.replace("[   nan,   nan]", ""))
-            row = {"label": label, "seeds": sum(map(len, values)), "mean_last_10": iqm}
-            row |= {"mean_last_10_low": low, "mean_last_10_high": high}
-            writer.writerow(["IQM", *(row.get(name, "") for name in COLUMNS)])
+            writer.writerows(dict(zip(names, [task, *row], strict=True)) for row in rows)
+        writer.writerows(compare_over_tasks(runs))
+
+
+def compare_over_tasks(runs):
+    """The interquartile mean of each setting, once all runs have finished: rows of table.csv."""
+    scores = collections.defaultdict(lambda: collections.defaultdict(list))
+    for run in runs if all(run.is_finished() for run in runs) else ():
+        results = json.loads((run.folder / run.name / "results.json").read_text())
+        if not results["normalized"]:  # raw returns of different tasks have no common mean
+            return
+        data = [x for x in run.varied if x.startswith("--config.dataset=")]
+        words = [x.removeprefix("--config.") for x in run.varied if x not in data]
+        label = ", ".join([run.algorithm, *words])
+        scores[label][run.task, *data] += results["mean_last_10"]
+    for label, tasks in scores.items():
+        if len(tasks) > 1:
+            mean, low, high = interquartile_mean([*tasks.values()])
+            print(f"\nIQM of the mean of last ten over {len(tasks)} tasks, {label}: ", end="")
+            print(f"{mean:.1f} [{low:.1f}, {high:.1f}]".removesuffix(" [nan, nan]"))
+            ends = {"mean_last_10_low": low, "mean_last_10_high": high}
+            seeds = sum(map(len, tasks.values()))
+            yield {"task": "IQM", "label": label, "seeds": seeds, "mean_last_10": mean, **ends}
 
 
 def sweep(args, runs):
@@ -288,7 +296,7 @@ def sweep(args, runs):
     except KeyboardInterrupt as stop:
         print("sweep: stopped: the same command resumes", file=sys.stderr)
         status = 143 if stop.args else 130
-    compare_runs(args.folder)
+    compare_runs(args.folder, runs)
     if failed and not status:
         status = f"sweep: {len(failed)} of {len(runs)} runs failed: the same command retries them"
     return status

@@ -15,7 +15,7 @@ os.environ["SSAR_TEST_SCRATCH"] = SCRATCH
 os.environ["MINARI_DATASETS_PATH"] = os.path.join(SCRATCH, "minari")
 os.environ["D4RL_DATASET_DIR"] = os.path.join(SCRATCH, "d4rl")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Bitwise comparisons are the CPU's; the golden numbers hold on another device too.
+# Bitwise comparisons are the CPU's; the golden numbers can be checked on another device.
 os.environ["JAX_PLATFORMS"] = os.environ.get("SSAR_TEST_PLATFORM", "cpu")
 # Tests compile for longer than they run: this leaves out LLVM's optimisations, not XLA's.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):

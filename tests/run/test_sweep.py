@@ -38,7 +38,8 @@ def main(config, workdir, resume):
     with open(f"{workdir}/scores.csv", "w") as file:
         for row in ("phase,step,seed,score,n", *(f"offline,9,{x},{x},1" for x in seeds)):
             print(row, file=file)
-    results = {"algorithm": NAME, "behaviour": [0.0] * len(seeds)}
+    results = {"algorithm": NAME, "behaviour": [0.0] * len(seeds), "normalized": True}
+    results["mean_last_10"] = [(x + (config.task[0] == "w")) ** 2 for x in seeds]
     results["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     for name, content in ("config", config.to_dict()), ("results", results):
         json.dump(content, open(f"{workdir}/{name}.json", "w"))
@@ -93,7 +94,8 @@ def test_finished_runs_are_skipped_and_the_table_grows(project, tmp_path):
     assert used == ["GPU-8f3a", "MIG-5c21"]  # each has one of its own
     *rows, iqm = rows_of(folder, "table.csv")
     assert (iqm["task"], iqm["label"], iqm["seeds"]) == ("IQM", "ssar_td3bc", "4")
-    assert float(iqm["mean_last_10"]) == 0.5 and "over all 2 tasks" in done.stdout
+    assert float(iqm["mean_last_10"]) == 1.0  # of 0, 1 and 1, 4
+    assert "over 2 tasks, ssar_td3bc: 1.0 [0.5, 2.5]" in done.stdout
     found = [(x["task"], x["seeds"], x["last"], x["last_low"], x["last_high"]) for x in rows]
     assert found == [(task, "2", "0.5", "0.0", "1.0") for task in TASKS[1:]]
     assert all((folder / f"{task}.png").stat().st_size for task in TASKS[1:])
@@ -112,15 +114,17 @@ def test_finished_runs_are_skipped_and_the_table_grows(project, tmp_path):
 
 def test_settings_vary_and_a_run_that_fails_is_named(project, tmp_path):
     folder = tmp_path / "sweep"
-    arguments = ("--tasks=demo", "--seeds=1", "--vary", "n_end=2.0", "discount=0.0,0.9")
+    arguments = ("--tasks", "demo", "demo-sparse", "--seeds=1", "--parallel=2")
+    arguments += ("--vary", "n_end=2.0", "discount=0.0,0.9")
     done = sweep(project, folder, *arguments)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    failed, finished = (f"ssar_td3bc/demo-n_end=2.0-discount={x}/0" for x in ("0.0", "0.9"))
-    assert starts(folder) == {failed: 1, finished: 1}
-    assert f"{failed} failed: ssar_td3bc: no such discount" in done.stderr
-    assert "sweep: 1 of 2 runs failed" in done.stderr
-    (row,) = rows_of(folder, "table.csv")
-    assert (row["task"], row["last"]) == ("demo", "0.0")
+    runs = {f"ssar_td3bc/{x}-n_end=2.0-discount={y}/0" for x in arguments[1:3] for y in (0.0, 0.9)}
+    assert starts(folder) == dict.fromkeys(runs, 1)
+    for run in runs:
+        assert (f"{run} failed: ssar_td3bc: no such discount" in done.stderr) == ("=0.0" in run)
+    assert "sweep: 2 of 4 runs failed" in done.stderr
+    rows = rows_of(folder, "table.csv")  # without an IQM of the runs that finished
+    assert [(row["task"], row["last"]) for row in rows] == [("demo", "0.0"), ("demo-sparse", "0.0")]
     with filelock.FileLock(folder / "lock"):
         assert "in use by another sweep" in sweep(project, folder, *arguments).stderr
 
