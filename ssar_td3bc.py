@@ -417,10 +417,10 @@ def update_actor_and_coefficient(state, batch, config, online):
         actor_loss, state.actor, actor_adam, state.actor_opt, state, batch, weight, config
     )
     info["anneal"] = jnp.asarray(anneal, beta.dtype)
-    margin = log_likelihood_margin(info.pop("squared_error"), state.threshold, config)
     state = state._replace(actor=actor_params, actor_opt=actor_opt)
 
     # --- β_φ and n: the margin is that of the actor before its step ---
+    margin = log_likelihood_margin(info.pop("squared_error"), state.threshold, config)
     mask = batch.trusted if config.select_actions else everywhere  # m_β
     if config.coefficient == "adaptive" and not online:
         state = update_coefficient(state, batch, margin, mask, config)

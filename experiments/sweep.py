@@ -272,7 +272,7 @@ def compare_over_tasks(runs):
     for label, tasks in scores.items():
         if len(tasks) > 1:
             mean, low, high = interquartile_mean([*tasks.values()])
-            print(f"\nIQM of the mean of last ten over {len(tasks)} tasks, {label}: ", end="")
+            print(f"\nIQM of the means of the last ten over {len(tasks)} tasks, {label}: ", end="")
             print(f"{mean:.1f} [{low:.1f}, {high:.1f}]".removesuffix(" [nan, nan]"))
             ends = {"mean_last_10_low": low, "mean_last_10_high": high}
             seeds = sum(map(len, tasks.values()))
