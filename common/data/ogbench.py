@@ -1,12 +1,11 @@
-"""OGBench's single-task data sets by name. The package ogbench is optional.
+"""OGBench's single-task data sets by name; the package ogbench is optional. To record such data:
 
-    python -m common.data.ogbench record cube-single --steps=300000
-
-This command records such data.
+python -m common.data.ogbench record cube-single --steps=300000
 """
 
 import re
 import warnings
+import zipfile
 
 import gymnasium
 
@@ -35,11 +34,11 @@ def read_ogbench(name: str, path: str | None, env: str | None) -> tuple:
     spec = env_spec(env or env_id, f"ogbench:{name}")
     fix = f"give a complete {file}" if path else "remove it, and it is downloaded again"
     path = path or download(MIRROR, "main", file, absolute(FOLDER, "OGBench's folder"))
-    with explained(f"{path} is not readable as OGBench's {file}", fix):
+    # NumPy takes what is no zip file for a pickle, and says how to load it unsafely.
+    with explained(f"{path} is not readable as OGBench's {file}", fix), zipfile.ZipFile(path):
         data = load_dataset(path, add_info=True)  # without the last state of each trajectory
-        task = make_env(gymnasium.spec(env_id))
-        relabel_dataset(env_id, task, data)
-        task.close()
+        with make_env(gymnasium.spec(env_id)) as task:
+            relabel_dataset(env_id, task, data)
     # A trajectory continues after a success, and its end is a time-out.
     data |= {"timeouts": data["terminals"], "terminals": 1 - data["masks"]}
     return path, None, (spec, None, read_columns(path, data))

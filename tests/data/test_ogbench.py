@@ -94,7 +94,7 @@ def test_files_of_another_kind_are_named(walk, tmp_path, kind):
     message = refused(path, **TASK)
     assert message.startswith(f"{path} is not readable as OGBench's {FILE} (")
     assert message.endswith(f"): give a complete {FILE}")
-    assert ("allow_pickle=False" in message) == (kind == "pickle")
+    assert ("allow_pickle" in message) == (kind == "pickle")
 
 
 def test_a_missing_file_is_downloaded_from_the_mirror(tmp_path, monkeypatch):
