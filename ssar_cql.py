@@ -19,7 +19,7 @@ mean of π(s), the smaller of its two sides.
             - Q_i(s, a)) over K uniform a_j, K from π(s') and K from π(s), each of density p_j
     then, with the new π:
         margin = mean_dims (max(log π(a|s), C_10(s)) - C_n(s))                               (Eq. 6)
-        β_φ: Adam on mean m_β · margin · β_φ(s)                                           (Eq. 5, 9)
+        β_φ: Adam, gradient norm ≤ 0.5, on mean m_β · margin · β_φ(s)                     (Eq. 5, 9)
         every T_inc updates, while n has not stopped: if the mean of m_β · margin is positive,
             n stops for good, else n = min(n + (n_end - n_start) / 10, n_end)             (Sec. 3.2)
         targets: 0.005 new + 0.995 old
@@ -82,7 +82,7 @@ import optax
 
 
 class Transition(NamedTuple):
-    """A batch of B transitions. A data set is one too, with N of them."""
+    """A batch of B transitions, or a whole data set of N."""
 
     obs: jax.Array  # [B, O] standardised
     action: jax.Array  # [B, A] in [-1, 1]
@@ -103,7 +103,7 @@ class Noise(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """The n of C_n(s), and the update at which a test stopped it."""
+    """The n of C_n(s), and the update at which it stopped growing."""
 
     n: jax.Array  # []
     stopped_at: jax.Array  # [] i32, -1 until then
@@ -142,7 +142,7 @@ def dense(width, fan_in, kernel_init=None):
 
 
 class MLP(nn.Module):
-    """Linear layers with a ReLU between them, and if asked for, a LayerNorm before each ReLU."""
+    """Linear layers with ReLUs between them, optionally with a LayerNorm before each ReLU."""
 
     widths: tuple[int, ...]
     layer_norm: bool = False
@@ -164,7 +164,7 @@ def init_mlp(key, in_dim, widths, **options):
 
 
 def forward(params, x):
-    """Applies the MLP that `params` belong to; their shapes tell its widths."""
+    """Applies an MLP; its widths are read from its parameters."""
     depth = sum(name.startswith("Dense") for name in params)
     widths = tuple(params[f"Dense_{i}"]["kernel"].shape[-1] for i in range(depth))
     return MLP(widths, layer_norm="LayerNorm_0" in params).apply({"params": params}, x)
@@ -215,7 +215,7 @@ def critics(params, obs, action):
     """Both Q: [B, O], [B, A] -> [2, B]; or [B, K, A] -> [2, B, K]."""
     if isinstance(params, tuple):
         return jnp.stack([critic(each, obs, action) for each in params])
-    # By hand, as vmap would copy a shared input to another layout: 6 % of an update on a CPU.
+    # vmap would copy a shared input to another layout instead: 6 % of an update on a CPU.
     obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
     return jax.vmap(critic)(params, obs, action)
 
@@ -345,9 +345,9 @@ def iql_step(state, batch, config):
 
 def select_by_advantage(state, data):
     """D̂ by IQL: transitions with min(Q_1, Q_2)(s, a) >= V(s). bool [N]."""
-    is_trusted = lambda x: critics(state.critic, *x).min() >= forward(state.value, x[0])[0]
-    rows = data.obs, data.action
-    return jax.lax.map(is_trusted, rows, batch_size=4096)  # a block at a time saves memory
+    is_trusted = lambda row: critics(state.critic, *row).min() >= forward(state.value, row[0])[0]
+    # A row is one (s, a), without a batch axis; a block of them at a time saves memory.
+    return jax.lax.map(is_trusted, (data.obs, data.action), batch_size=4096)
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -522,7 +522,7 @@ def anneal_factor(online_step, config):
 
 
 def optimizers(config):
-    """Adam for actor, critics and β_φ; β_φ's gradient is clipped to norm 0.5 as PyTorch clips."""
+    """Adam for actor, critics and β_φ; β_φ's gradient norm is clipped, with PyTorch's 1e-6."""
     factor = lambda grads: jnp.minimum(1, 0.5 / (optax.tree.norm(grads) + 1e-6))
     clip = optax.stateless(lambda grads, _: optax.tree.scale(factor(grads), grads))
     beta_adam = optax.chain(clip, optax.adam(config.coefficient_lr))
@@ -575,8 +575,8 @@ def sample_noise(key, batch, config):
 def update_step(state, batch, noise, config, *, online=False):
     """One update: actor and α, critics and α', then β_φ and the threshold, then the targets.
 
-    batch: its actions within ±0.9999, see make_transitions. online: whether φ and n are frozen and
-    β_φ is annealed. It and config, a FrozenConfigDict, are static. Returns the state and scalars.
+    batch: its actions within ±0.9999, see make_transitions. online: φ and n stay frozen, and β_φ is
+    annealed. It and config, a FrozenConfigDict, are static. Returns the state and the metrics.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     actor_adam, critic_adam, _ = optimizers(config)
@@ -646,7 +646,7 @@ def update_coefficient(state, batch, margin, mask, config):
 
 
 def coefficient_metrics(beta, regularised, margin, mask, batch):
-    """What β_φ and the threshold did in this batch; β_φ where it has an effect. Scalars."""
+    """Metrics of β_φ, where it has an effect, and of the margin. Scalars."""
     shown = jnp.where(regularised.any(), regularised, 1) > 0  # if there are none, show all
     return {
         "beta_min": beta.min(where=shown, initial=jnp.inf),
@@ -654,7 +654,7 @@ def coefficient_metrics(beta, regularised, margin, mask, batch):
         "beta_max": beta.max(where=shown, initial=0),
         "margin": margin.mean(),
         "trusted_margin": (margin * mask).sum() / jnp.maximum(mask.sum(), 1),
-        "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),  # of D̂ and the rest alike
+        "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),  # of the whole batch
         "trusted_fraction": batch.trusted.mean(),
     }
 
@@ -676,7 +676,7 @@ def modify_reward(reward, config):
 
 
 def update_keys(key, step):
-    """The two keys of update `step`, for batch and noise; updates_per_call changes neither."""
+    """The keys of update `step`, for its batch and its noise, whatever updates_per_call is."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 
@@ -697,15 +697,15 @@ def train_interval(state, data, config, num_updates=None):
     steps = state.step + 1 + jnp.arange(num_updates or config.updates_per_call)
     keys = jax.vmap(partial(update_keys, state.key))(steps)  # [T, 2]
     draws = sample_indices(keys[:, 0], data, config), keys[:, 1]
-    names = []
+    names = []  # of the metrics, which leave the scan as one array: one kernel, not one each
 
     def body(state, draws):
         indices, key = draws
         batch = take(data, indices)
         noise = sample_noise(key, batch, config)
         state, info = update_step(state, batch, noise, config)
-        names[:] = info  # the metrics' names, filled when scan traces this function
-        return state, jnp.stack([*info.values()])  # one array: one kernel, not one each
+        names[:] = info  # filled when scan traces this function
+        return state, jnp.stack([*info.values()])
 
     state, metrics = jax.lax.scan(body, state, draws)
     return state, dict(zip(names, metrics.mean(axis=0), strict=True))
@@ -892,7 +892,7 @@ NAME = Path(__file__).stem  # names the settings file, configs/NAME.py, and the 
 
 
 def make_transitions(dataset, config):
-    """The data set as a Transition [N, ...] of NumPy arrays, not labelled yet."""
+    """The data set as a Transition [N, ...] of NumPy arrays, actions clipped, not labelled yet."""
     return Transition(
         obs=dataset.observations,
         action=dataset.actions.clip(-1 + 1e-4, 1 - 1e-4),

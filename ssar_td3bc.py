@@ -5,23 +5,23 @@ weight per state: the coefficient β_φ(s), a network that is trained like a Lag
 falls where the data's action is likely enough under the actor, log π(a|s) > C_n(s), and rises
 where it is not. Only the trusted part D̂ of the data D shapes it.
 
-The margin is log π(a|s) - C_n(s), with C_n(s) the log-density n standard deviations from π(s).
-For a Gaussian of width σ around π(s), the margin is ((σn)² - (π(s) - a)²) / (2σ²) per dimension.
+The margin is log π(a|s) - C_n(s), where C_n(s) is the log-density n standard deviations
+from π(s). For a Gaussian of width σ around π(s), it is ((σn)² - (π(s) - a)²) / (2σ²) per dimension.
 The code drops 1/(2σ²), averages over dimensions, and caps (π(s) - a)² at 1, (10σ)² for σ = 0.1.
 
     D̂ ⊆ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
-    every update, on a batch (s, a, r, s', d) of D, each line after those above it:
+    every update, on a batch (s, a, r, s', d) of D, each line using the results of those above:
         a' = clip(π_target(s') + clip(noise, ±noise_clip), ±1)
         y  = r + γ (1 - d) min_i Q_target_i(s', a')
         Q_i: Adam on mean (Q_i(s, a) - y)²
         every policy_freq updates:
             margin = (σn)² - mean_dims min((π(s) - a)², 1), with π(s) from before its step   (Eq. 6)
             π: Adam on -mean Q_1(s, π(s)) / mean |Q_1| + mean m_π · β_φ(s) (π(s) - a)²
-            β_φ: Adam on mean m_β · margin · β_φ(s)                                       (Eq. 5, 9)
+            β_φ: Adam, gradient norm ≤ 0.5, on mean m_β · margin · β_φ(s)                 (Eq. 5, 9)
             every T_inc updates, while n has not stopped: if the mean of m_β · margin is positive,
                 n stops for good, else n = min(n + (n_end - n_start) / 10, n_end)         (Sec. 3.2)
             targets: 0.005 new + 0.995 old
-    online, after every environment step:
+    online, after every environment step with a = π(s):
         store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline and
         online transitions, with new_policy_freq for policy_freq. φ and n are frozen, and β_φ is
         multiplied by a factor that falls from 1 to 0 in N_end updates
@@ -70,7 +70,7 @@ import optax
 
 
 class Transition(NamedTuple):
-    """A batch of B transitions. A data set is one too, with N of them."""
+    """A batch of B transitions, or a whole data set of N."""
 
     obs: jax.Array  # [B, O] standardised
     action: jax.Array  # [B, A] in [-1, 1]
@@ -87,7 +87,7 @@ class Noise(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """The n of C_n(s), and the update at which a test stopped it."""
+    """The n of C_n(s), and the update at which it stopped growing."""
 
     n: jax.Array  # []
     stopped_at: jax.Array  # [] i32, -1 until then
@@ -123,7 +123,7 @@ def dense(width, fan_in, kernel_init=None):
 
 
 class MLP(nn.Module):
-    """Linear layers with a ReLU between them, and if asked for, a LayerNorm before each ReLU."""
+    """Linear layers with ReLUs between them, optionally with a LayerNorm before each ReLU."""
 
     widths: tuple[int, ...]
     layer_norm: bool = False
@@ -145,7 +145,7 @@ def init_mlp(key, in_dim, widths, **options):
 
 
 def forward(params, x):
-    """Applies the MLP that `params` belong to; their shapes tell its widths."""
+    """Applies an MLP; its widths are read from its parameters."""
     depth = sum(name.startswith("Dense") for name in params)
     widths = tuple(params[f"Dense_{i}"]["kernel"].shape[-1] for i in range(depth))
     return MLP(widths, layer_norm="LayerNorm_0" in params).apply({"params": params}, x)
@@ -163,7 +163,7 @@ def critic(params, obs, action):
 
 def critics(params, obs, action):
     """Both Q, of stacked parameters: [B, O], [B, A] -> [2, B]."""
-    # By hand, as vmap would copy a shared input to another layout: 6 % of an update on a CPU.
+    # vmap would copy a shared input to another layout instead: 6 % of an update on a CPU.
     obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
     return jax.vmap(critic)(params, obs, action)
 
@@ -280,9 +280,9 @@ def iql_step(state, batch, config):
 
 def select_by_advantage(state, data):
     """D̂ by IQL: transitions with min(Q_1, Q_2)(s, a) >= V(s). bool [N]."""
-    is_trusted = lambda x: critics(state.critic, *x).min() >= forward(state.value, x[0])[0]
-    rows = data.obs, data.action
-    return jax.lax.map(is_trusted, rows, batch_size=4096)  # a block at a time saves memory
+    is_trusted = lambda row: critics(state.critic, *row).min() >= forward(state.value, row[0])[0]
+    # A row is one (s, a), without a batch axis; a block of them at a time saves memory.
+    return jax.lax.map(is_trusted, (data.obs, data.action), batch_size=4096)
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -302,7 +302,7 @@ def critic_loss(params, state, batch, noise, config):
 
 
 def actor_loss(params, state, batch, weight, config):
-    """Normalised -Q plus the squared error weighted by `weight` [B]; its info has that error."""
+    """Normalised -Q plus the squared error weighted by `weight` [B]; info also holds the error."""
     action = actor(params, batch.obs)
     q = critic(jax.tree.map(lambda x: x[0], state.critic), batch.obs, action)  # [B]
     squared_error = jnp.square(action - batch.action)  # [B, A]
@@ -313,7 +313,7 @@ def actor_loss(params, state, batch, weight, config):
 
 
 def log_likelihood_margin(squared_error, threshold, config):
-    """log π(a|s) - C_n(s) of a Gaussian, up to a factor, as above: [B, A] -> [B] (Eq. 6)."""
+    """log π(a|s) - C_n(s) of a Gaussian, without 1/(2σ²): [B, A] -> [B] (Eq. 6)."""
     return (config.expl_noise * threshold.n) ** 2 - jnp.minimum(squared_error, 1).mean(axis=-1)
 
 
@@ -347,7 +347,7 @@ def anneal_factor(online_step, config):
 
 
 def optimizers(config):
-    """Adam for actor, critics and β_φ; β_φ's gradient is clipped to norm 0.5 as PyTorch clips."""
+    """Adam for actor, critics and β_φ; β_φ's gradient norm is clipped, with PyTorch's 1e-6."""
     factor = lambda grads: jnp.minimum(1, 0.5 / (optax.tree.norm(grads) + 1e-6))
     clip = optax.stateless(lambda grads, _: optax.tree.scale(factor(grads), grads))
     beta_adam = optax.chain(clip, optax.adam(config.coefficient_lr))
@@ -386,9 +386,9 @@ def sample_noise(key, batch, config):
 def update_step(state, batch, noise, config, *, update_actor, online=False):
     """One update: the critics and, every policy_freq updates, actor, β_φ, threshold and targets.
 
-    update_actor: whether this update is one of those, the last of each policy_freq; update_period
-    must be a multiple of policy_freq, as n is tested in them. online: whether φ and n are frozen
-    and β_φ is annealed. Static, like config, a FrozenConfigDict. Returns the state and scalars.
+    update_actor: true in every policy_freq-th update. n is tested only in these, so update_period
+    must be a multiple of policy_freq. online: φ and n stay frozen, and β_φ is annealed. Both flags
+    and config, a FrozenConfigDict, are static. Returns the state and the metrics, scalars.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     _, critic_adam, _ = optimizers(config)
@@ -446,7 +446,7 @@ def update_coefficient(state, batch, margin, mask, config):
 
 
 def coefficient_metrics(beta, regularised, margin, mask, batch):
-    """What β_φ and the threshold did in this batch; β_φ where it has an effect. Scalars."""
+    """Metrics of β_φ, where it has an effect, and of the margin. Scalars."""
     shown = jnp.where(regularised.any(), regularised, 1) > 0  # if there are none, show all
     return {
         "beta_min": beta.min(where=shown, initial=jnp.inf),
@@ -454,7 +454,7 @@ def coefficient_metrics(beta, regularised, margin, mask, batch):
         "beta_max": beta.max(where=shown, initial=0),
         "margin": margin.mean(),
         "trusted_margin": (margin * mask).sum() / jnp.maximum(mask.sum(), 1),
-        "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),  # of D̂ and the rest alike
+        "constrained_fraction": (margin < 0).mean(dtype=margin.dtype),  # of the whole batch
         "trusted_fraction": batch.trusted.mean(),
     }
 
@@ -476,7 +476,7 @@ def modify_reward(reward, config):
 
 
 def update_keys(key, step):
-    """The two keys of update `step`, for batch and noise; updates_per_call changes neither."""
+    """The keys of update `step`, for its batch and its noise, whatever updates_per_call is."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 
@@ -500,7 +500,7 @@ def train_interval(state, data, config, num_updates=None):
     draws = sample_indices(keys[:, 0], data, config), keys[:, 1]
     # The policy delay is unrolled: under vmap, a lax.cond would compute both branches every time.
     draws = jax.tree.map(lambda x: x.reshape(-1, config.policy_freq, *x.shape[1:]), draws)
-    names = []
+    names = []  # of the metrics, which leave the scan as one array: one kernel, not one each
 
     def body(state, draws):
         for i, (indices, key) in enumerate(zip(*draws, strict=True)):
@@ -508,8 +508,8 @@ def train_interval(state, data, config, num_updates=None):
             noise = sample_noise(key, batch, config)
             is_last = i == config.policy_freq - 1
             state, info = update_step(state, batch, noise, config, update_actor=is_last)
-        names[:] = info  # the metrics' names, filled when scan traces this function
-        return state, jnp.stack([*info.values()])  # one array: one kernel, not one each
+        names[:] = info  # filled when scan traces this function
+        return state, jnp.stack([*info.values()])
 
     state, metrics = jax.lax.scan(body, state, draws)
     return state, dict(zip(names, metrics.mean(axis=0), strict=True))
@@ -684,7 +684,7 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
             buffer = add(buffer, Transition(obs, action, reward, outcome.next_obs, ended, trusted))
             obs, metrics = outcome.obs, {}
             if step > config.warmup_steps:
-                update = offline_updates + step - config.warmup_steps
+                update = offline_updates + step - config.warmup_steps  # state.step + 1
                 state, metrics = learn[update % config.new_policy_freq == 0](state, buffer, data)
             run.log(step, metrics, outcome.finished)
             run.save(step, (state, buffer))
