@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# For products of several seeds, XLA's search for the best Triton kernel takes minutes.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
 
 class Seeds:
     """Runs functions that are written for one seed for `count` seeds at once.
@@ -19,6 +22,7 @@ class Seeds:
         self.count, self.is_one_cpu = count, used == 1 and devices[0].platform == "cpu"
         self.by_seed = NamedSharding(mesh, PartitionSpec("seeds"))
         self.on_all = NamedSharding(mesh, PartitionSpec())
+        self.options = GPU_OPTIONS if count > 1 and devices[0].platform == "gpu" else None
 
     def spread(self, tree):
         """Arrays with a leading axis of seeds, [S, ...], on the devices of their seeds."""
@@ -35,4 +39,5 @@ class Seeds:
         """
         if self.count == 1 or (is_loop and self.is_one_cpu):
             function = jax.custom_batching.sequential_vmap(function)
-        return jax.jit(jax.vmap(function, in_axes), donate_argnums=donate)
+        function = jax.vmap(function, in_axes)
+        return jax.jit(function, donate_argnums=donate, compiler_options=self.options)

@@ -123,10 +123,9 @@ def tiny_config(path=None, script="ssar_td3bc", **overrides):
         iql_steps=40,
         warmup_steps=10,
         decay_steps=60,
+        updates_per_call=20,
         cache_dir=os.path.join(os.environ["SSAR_TEST_SCRATCH"], "cache"),
     )
-    if "updates_per_call" in config:
-        config.updates_per_call = 20
     if script == "ssar_cql":
         config.update(hidden_dims=(16, 16, 16), num_sampled_actions=3, block_size=8)
     if path:
@@ -135,24 +134,15 @@ def tiny_config(path=None, script="ssar_td3bc", **overrides):
     return config
 
 
+def write_settings(path, *data, **settings):
+    """A settings file that gives tiny_config(*data, **settings); returns its path."""
+    call = f"tiny_config(*{data!r}, **{settings!r})"
+    path.write_text(f"from toys import tiny_config\nget_config = lambda task=None: {call}\n")
+    return path
+
+
 def frozen(**overrides):
     return ml_collections.FrozenConfigDict(tiny_config(**overrides))
-
-
-def toy_batch(seed=0, rows=32, trusted=None):
-    """A random batch; `trusted` is a 0/1 sequence, by default about half of the rows."""
-    import ssar_td3bc
-
-    rng = np.random.default_rng(seed)
-    trusted = rng.random(rows) < 0.5 if trusted is None else trusted
-    return ssar_td3bc.Transition(
-        obs=jnp.asarray(rng.standard_normal((rows, OBS)), jnp.float32),
-        action=jnp.asarray(np.tanh(rng.standard_normal((rows, ACTION))), jnp.float32),
-        reward=jnp.asarray(rng.standard_normal(rows), jnp.float32),
-        next_obs=jnp.asarray(rng.standard_normal((rows, OBS)), jnp.float32),
-        terminated=jnp.asarray(rng.random(rows) < 0.1, jnp.float32),
-        trusted=jnp.asarray(trusted, jnp.float32),
-    )
 
 
 def arrays(tree):

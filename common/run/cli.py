@@ -57,6 +57,7 @@ def run(main, name: str) -> None:
     """
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     catch_signals()
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook's shell may not be installed here
     # The run itself reports a full disk that a writer's thread meets.
     threading.excepthook = lambda x: issubclass(x.exc_type, OSError) or threading.__excepthook__(x)
     workdir = None
@@ -76,7 +77,7 @@ def run(main, name: str) -> None:
         main(config, workdir, options.resume)
     except Stopped as stopped:
         where = close_run()
-        how = f"resumes from {where}" if where else "starts again, because nothing was saved"
+        how = f"resumes from {where or 'what was saved before, if anything'}"
         print(f"{name}: stopped by {stopped}: the same command {how}", flush=True)
         os._exit(stopped.status)  # at once: other hosts would hold it up
     except Exception as error:

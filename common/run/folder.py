@@ -14,7 +14,6 @@ from common.run import checkpoint, diagnosis, stopping
 from common.run.clock import Clock
 from common.run.errors import Diverged, InputError, explained
 from common.run.records import Records, print_table
-from common.run.settings import needs_iql
 from common.run.workdir import as_json, lock_folder, set_aside, write_json
 
 
@@ -56,13 +55,7 @@ class Run:
                 self._lock.release()
                 self._lock = lock_folder(workdir)
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
-            iql = config.iql_steps if needs_iql(config) else 0
-            offline = 0 if config.offline_checkpoint else config.offline_steps
-            plan = {"label the trusted rows, for selection=iql": iql, "train offline": offline}
-            plan |= {"fine-tune online": config.online_steps}
-            parts = [f"{what} ({n:,} steps)" for what, n in plan.items() if n]
-            often = f"; an evaluation every {config.eval_interval:,} steps"
-            print(f"begins {workdir}: {', then '.join(parts)}{often}")
+            print(f"begins {workdir}, with an evaluation every {config.eval_interval:,} steps")
             print("compiling: 10 to 40 s on a CPU, less if cached", flush=True)
         os.makedirs(self._unfinished, exist_ok=True)
         self._records = Records(workdir, config, dataset)

@@ -1,9 +1,6 @@
 """The picture of a run."""
 
-import os
-
-os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not be installed here
-import matplotlib  # noqa: E402
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot, which would change the caller's backend
 

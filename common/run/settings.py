@@ -96,7 +96,10 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
         if config[field]:
             config[field] = absolute(config[field], f"--config.{field}")
     workdir = absolute(default_folder(name, config) if workdir is None else workdir)
-    use_jax_defaults()
+    jax.config.update("jax_enable_x64", False)  # whatever the environment says
+    what = f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}"
+    with explained(what, "unset JAX_PLATFORMS, or install JAX for it"):
+        jax.devices()
     iql_steps = config.iql_steps if needs_iql(config) else 0
     sizes = divisors(math.gcd(config.eval_interval, iql_steps), config.get("policy_freq", 1))
     sizes = [size for size in sizes if size <= config.updates_per_call]
@@ -107,17 +110,6 @@ def prepare(config, workdir: str | None, name: str, resume: bool = True):
     check_folder(workdir, config, resume, MAY_CHANGE)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     return ml_collections.FrozenConfigDict(config), workdir
-
-
-def use_jax_defaults() -> None:
-    """Sets what JAX may have been told by the environment. Raises InputError without a device."""
-    options = {"enable_x64": False, "numpy_dtype_promotion": "standard", "transfer_guard": "allow"}
-    options |= {"numpy_rank_promotion": "allow"}
-    for option, value in options.items():
-        jax.config.update(f"jax_{option}", value)
-    what = f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}"
-    with explained(what, "unset JAX_PLATFORMS, or install JAX for it"):
-        jax.devices()
 
 
 def needs_iql(config) -> bool:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import ACTION, OBS, arrays, frozen, toy_batch
+from toys import ACTION, OBS, arrays, frozen
 
 import ssar_cql
 import ssar_td3bc
@@ -18,8 +18,8 @@ both_but_cql_slowly = pytest.mark.parametrize("ssar", [ssar_td3bc, slow_cql], id
 
 
 def settings(ssar, **overrides):
-    """Tiny settings for one of the scripts, with 20 updates a call."""
-    return frozen(script=ssar.__name__, **({"updates_per_call": 20} | overrides))
+    """Tiny settings for one of the scripts."""
+    return frozen(script=ssar.__name__, **overrides)
 
 
 def one_of(tree, i=0):
@@ -39,9 +39,18 @@ def new_state(ssar, config):
     return one_of(new_states(ssar, config, 1))
 
 
-def batch_of(ssar, **options):
-    """toy_batch as a Transition of one of the scripts."""
-    return ssar.Transition(*toy_batch(**options))
+def batch_of(ssar, seed=0, rows=32, trusted=None):
+    """A random batch; `trusted` is a 0/1 sequence, by default about half of the rows."""
+    rng = np.random.default_rng(seed)
+    trusted = rng.random(rows) < 0.5 if trusted is None else trusted
+    return ssar.Transition(
+        obs=jnp.asarray(rng.standard_normal((rows, OBS)), jnp.float32),
+        action=jnp.asarray(np.tanh(rng.standard_normal((rows, ACTION))), jnp.float32),
+        reward=jnp.asarray(rng.standard_normal(rows), jnp.float32),
+        next_obs=jnp.asarray(rng.standard_normal((rows, OBS)), jnp.float32),
+        terminated=jnp.asarray(rng.random(rows) < 0.1, jnp.float32),
+        trusted=jnp.asarray(trusted, jnp.float32),
+    )
 
 
 def actor_is_due(ssar, due=True):

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 import pytest
 from helpers import Point, StubRun, batch_of, evaluate, new_states, settings
-from toys import arrays, tiny_config, toy_columns, write_hdf5
+from toys import arrays, tiny_config, toy_columns, write_hdf5, write_settings
 
 import ssar_cql
 import ssar_td3bc
-from common.seeds import Seeds
+from common.seeds import GPU_OPTIONS, Seeds
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"ssar_td3bc": ssar_td3bc, "ssar_cql": ssar_cql}
@@ -66,20 +66,16 @@ def test_eight_devices_equal_one(name, tmp_path):
         assert texts and not COLLECTIVE.search("".join(texts)), program
 
 
-SETTINGS = """
-from toys import tiny_config
-
-def get_config(task=None):
-    return tiny_config({data!r}, num_seeds=4, offline_steps=20, eval_episodes=1)
-"""
+def test_xla_knows_the_options_for_a_gpu():
+    assert jax.jit(lambda x: 2 * x, compiler_options=GPU_OPTIONS)(1.0) == 2
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_seeds(tmp_path):
     """Each trains two, bit for bit as a run of these two alone does."""
     data = write_hdf5(tmp_path / "toy.hdf5", **toy_columns(300))
-    file = tmp_path / "settings.py"
-    file.write_text(SETTINGS.format(data=data))
+    lengths = {"num_seeds": 4, "offline_steps": 20, "eval_episodes": 1}
+    file = write_settings(tmp_path / "settings.py", data, **lengths)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

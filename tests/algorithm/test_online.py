@@ -17,7 +17,7 @@ from helpers import (
     one_of,
     settings,
 )
-from toys import OBS, toy_batch
+from toys import OBS
 
 import ssar_td3bc
 from common.seeds import Seeds
@@ -60,8 +60,9 @@ def test_batches_hold_offline_and_stored_transitions_as_the_settings_say(buffer_
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_a_transition_is_stored_in_place(seeds):
     per_seed = lambda x: jnp.stack([x] * seeds)
-    empty = ssar_td3bc.init_buffer(toy_batch(), settings(ssar_td3bc, online_steps=300_000))
-    buffer, transition = (jax.tree.map(per_seed, x) for x in (empty, one_of(toy_batch())))
+    batch = batch_of(ssar_td3bc)
+    empty = ssar_td3bc.init_buffer(batch, settings(ssar_td3bc, online_steps=300_000))
+    buffer, transition = (jax.tree.map(per_seed, x) for x in (empty, one_of(batch)))
     size = sum(x.nbytes for x in jax.tree.leaves(empty))
     add = Seeds(seeds).vmap(ssar_td3bc.store, donate=0).lower(buffer, transition).compile()
     assert add.memory_analysis().temp_size_in_bytes < size / 4

@@ -15,16 +15,11 @@ import gymnasium_robotics  # noqa: F401  (prints warnings when it is imported)
 import jax
 import numpy as np
 import pytest
-from toys import tiny_config, toy_columns, write_hdf5
+from toys import tiny_config, toy_columns, write_hdf5, write_settings
 
 from common.run import cli
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = """
-def get_config(task=None):
-    from toys import tiny_config
-    return tiny_config({data!r}, {script!r}, offline_steps=20, full_length=20)
-"""
 COMPILED = []  # programs that this process has compiled
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None
@@ -72,7 +67,7 @@ def folder(tmp_path_factory):
     columns["rewards"][3] = np.inf
     write_hdf5(folder / "inf.hdf5", **columns)
     for script in ("ssar_td3bc", "ssar_cql"):
-        (folder / f"{script}.py").write_text(SETTINGS.format(data=data, script=script))
+        write_settings(folder / f"{script}.py", data, script, offline_steps=20, full_length=20)
     (folder / "fails.py").write_text("import nowhere\n")
     (folder / "text.py").write_text('def get_config(): return {"loosen_bound": "yes"}\n')
     (folder / "thesis").mkdir()

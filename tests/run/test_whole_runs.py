@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from comparing import assert_same_state, kill, rows_of
-from toys import tiny_config, toy_columns, write_hdf5
+from toys import tiny_config, toy_columns, write_hdf5, write_settings
 
 import ssar_cql
 import ssar_td3bc
@@ -118,28 +118,18 @@ def test_sigkill_at_random_moments(script):
     assert done.stdout.count("runs as without") == 2
 
 
-SETTINGS = """
-from toys import tiny_config
-
-def get_config(task=None):
-    more = {{"checkpoint_minutes": 60.0, "updates_per_call": 2}}
-    return tiny_config({data!r}, num_seeds=2, offline_steps=4000, **more)
-"""
-STRICT = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-STRICT |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_TRANSFER_GUARD": "disallow"}
-
-
 @pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_resumes(data, tmp_path):
-    """A copy under its own name, an hour between checkpoints, and strict modes of JAX."""
+    """A copy under its own name, an hour between checkpoints, and JAX told to use float64."""
     clone, workdir, reached = tmp_path / "clone", tmp_path / "clone/runs/my_variant/toy/0", 0
     for name in ("common", "configs"):
         shutil.copytree(ROOT / name, clone / name)
     shutil.copy(ROOT / "ssar_td3bc.py", clone / "my_variant.py")
     (clone / "configs" / "my_variant.py").write_text("from configs.ssar_td3bc import *\n")
-    (clone / "settings.py").write_text(SETTINGS.format(data=data))
+    settings = {"num_seeds": 2, "offline_steps": 4000, "updates_per_call": 2}
+    write_settings(clone / "settings.py", data, checkpoint_minutes=60.0, **settings)
     command = [sys.executable, "my_variant.py", "--config=settings.py"]
-    env = os.environ | STRICT | {"PYTHONPATH": f"{ROOT / 'tests'}"}
+    env = os.environ | {"JAX_ENABLE_X64": "1", "PYTHONPATH": f"{ROOT / 'tests'}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = subprocess.Popen(command, cwd=clone, env=env, **pipes)
