@@ -103,7 +103,7 @@ class Noise(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """The n of C_n(s), and the update at which it stopped growing."""
+    """The n of C_n(s), and the update at which a test stopped it."""
 
     n: jax.Array  # []
     stopped_at: jax.Array  # [] i32, -1 until then
@@ -459,7 +459,7 @@ def alpha_prime_loss(log_alpha_prime, penalty, config):
 
 
 def actor_loss(params, state, batch, noise, config):
-    """Soft actor-critic's loss, and AntMaze's cloning term; its info holds π(·|s) too."""
+    """Soft actor-critic's loss, and AntMaze's cloning term; info also holds π(·|s)."""
     distribution = actor(params, batch.obs)
     action, log_prob = (x[:, 0] for x in sample(distribution, noise.action[:, None]))
     q = critics(state.critic, batch.obs, action).min(axis=0)  # [B]
@@ -576,7 +576,7 @@ def update_step(state, batch, noise, config, *, online=False):
     """One update: actor and α, critics and α', then β_φ and the threshold, then the targets.
 
     batch: its actions within ±0.9999, see make_transitions. online: φ and n stay frozen, and β_φ is
-    annealed. It and config, a FrozenConfigDict, are static. Returns the state and the metrics.
+    annealed. online and config, a FrozenConfigDict, are static. Returns the state and the metrics.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     actor_adam, critic_adam, _ = optimizers(config)

@@ -5,8 +5,8 @@ weight per state: the coefficient β_φ(s), a network that is trained like a Lag
 falls where the data's action is likely enough under the actor, log π(a|s) > C_n(s), and rises
 where it is not. Only the trusted part D̂ of the data D shapes it.
 
-The margin is log π(a|s) - C_n(s), where C_n(s) is the log-density n standard deviations
-from π(s). For a Gaussian of width σ around π(s), it is ((σn)² - (π(s) - a)²) / (2σ²) per dimension.
+The margin is log π(a|s) - C_n(s), where C_n(s) is the log-density n standard deviations from π(s).
+For a Gaussian of width σ around π(s), the margin is ((σn)² - (π(s) - a)²) / (2σ²) per dimension.
 The code drops 1/(2σ²), averages over dimensions, and caps (π(s) - a)² at 1, (10σ)² for σ = 0.1.
 
     D̂ ⊆ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
@@ -87,7 +87,7 @@ class Noise(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """The n of C_n(s), and the update at which it stopped growing."""
+    """The n of C_n(s), and the update at which a test stopped it."""
 
     n: jax.Array  # []
     stopped_at: jax.Array  # [] i32, -1 until then
@@ -388,7 +388,7 @@ def update_step(state, batch, noise, config, *, update_actor, online=False):
 
     update_actor: true in every policy_freq-th update. n is tested only in these, so update_period
     must be a multiple of policy_freq. online: φ and n stay frozen, and β_φ is annealed. Both flags
-    and config, a FrozenConfigDict, are static. Returns the state and the metrics, scalars.
+    and config, a FrozenConfigDict, are static. Returns the state and the metrics.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     _, critic_adam, _ = optimizers(config)

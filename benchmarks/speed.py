@@ -153,13 +153,13 @@ def seconds(function, *args):
     return perf_counter() - started, result
 
 
-def product_timer(networks, batch, inputs, outputs):
+def product_timer(options, networks, batch, inputs, outputs):
     """A function that measures seconds per GFLOP of products x @ w, [n, b, i] by [n, i, o]."""
     x, w = jnp.ones((networks, batch, inputs)), jnp.full((networks, inputs, outputs), 1 / inputs)
     gflop = 2 * x.size * outputs / 1e9
     repeats = int(CALL_GFLOP[jax.default_backend()] / 10 / gflop) + 1
     loop = jax.jit(lambda x, w: jax.lax.fori_loop(0, repeats, lambda _, x: x @ w, x))
-    loop = loop.lower(x, w).compile()
+    loop = loop.lower(x, w).compile(options)  # those of the updates
     return lambda: seconds(loop, x, w)[0] / repeats / gflop
 
 
@@ -173,7 +173,9 @@ def measure(setup):
     train = seeds.vmap(train, in_axes=(0, script.DATA_AXES), donate=0, is_loop=True)
     compile_seconds, train = seconds(lambda: train.lower(state, data).compile())
     together = 1 if seeds.is_one_cpu else setup.seeds  # seeds in one product
-    timers = [(part, product_timer(n * together, *shape)) for part, (n, *shape) in parts]
+    timers = [
+        (part, product_timer(seeds.options, n * together, *shape)) for part, (n, *shape) in parts
+    ]
     rounds = []  # seconds of an update, and of the products that it needs
     for _ in range(ROUNDS):
         taken, (state, _) = seconds(train, state, data)

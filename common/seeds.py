@@ -36,6 +36,7 @@ class Seeds:
         """jax.jit(jax.vmap(function, in_axes)) with `donate` as its donate_argnums.
 
         A CPU runs long loops (is_loop) faster one seed after the other. One seed needs no batching.
+        Call the result outside of other jitted functions.
         """
         if self.count == 1 or (is_loop and self.is_one_cpu):
             function = jax.custom_batching.sequential_vmap(function)

@@ -77,7 +77,7 @@ def run(main, name: str) -> None:
         main(config, workdir, options.resume)
     except Stopped as stopped:
         where = close_run()
-        how = f"resumes from {where or 'what was saved before, if anything'}"
+        how = f"resumes from {where}" if where else "resumes what was saved, or else starts again"
         print(f"{name}: stopped by {stopped}: the same command {how}", flush=True)
         os._exit(stopped.status)  # at once: other hosts would hold it up
     except Exception as error:

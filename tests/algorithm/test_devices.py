@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest  # noqa: F401  sets up the environment before JAX starts
 import jax
@@ -18,9 +19,10 @@ import pytest
 from helpers import Point, StubRun, batch_of, evaluate, new_states, settings
 from toys import arrays, tiny_config, toy_columns, write_hdf5, write_settings
 
+import common.seeds
 import ssar_cql
 import ssar_td3bc
-from common.seeds import GPU_OPTIONS, Seeds
+from common.seeds import Seeds
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"ssar_td3bc": ssar_td3bc, "ssar_cql": ssar_cql}
@@ -66,8 +68,16 @@ def test_eight_devices_equal_one(name, tmp_path):
         assert texts and not COLLECTIVE.search("".join(texts)), program
 
 
-def test_xla_knows_the_options_for_a_gpu():
-    assert jax.jit(lambda x: 2 * x, compiler_options=GPU_OPTIONS)(1.0) == 2
+def test_only_several_seeds_on_a_gpu_have_options_which_xla_knows(monkeypatch):
+    assert Seeds(2).options is None
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(common.seeds, "Mesh", lambda *_: jax.make_mesh((1,), ("seeds",)))
+    seeds = Seeds(2)
+    assert Seeds(1).options is None and seeds.options
+    assert list(seeds.vmap(lambda x: 2 * x)(np.ones(2))) == [2, 2]
+    seeds.options = {"no_such_option": True}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        seeds.vmap(lambda x: 2 * x)(np.ones(2))
 
 
 @pytest.mark.slow

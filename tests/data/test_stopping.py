@@ -20,6 +20,19 @@ def handlers(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_sets_a_flag_for_an_open_run(number, status, monkeypatch):
+    stopping.catch_signals()
+    monkeypatch.setattr(stopping, "open_runs", ["a run"])
+    stopping.stop_if_told()
+    os.kill(os.getpid(), number)
+    assert stopping.received == [number]
+    with pytest.raises(Stopped, match=number.name) as error:
+        stopping.stop_if_told()
+    assert error.value.status == status
+    assert {signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
+
+
 def test_before_there_is_a_run_a_signal_ends_the_process():
     stopping.catch_signals()
     with pytest.raises(Stopped, match="SIGTERM"):
