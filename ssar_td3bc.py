@@ -347,7 +347,7 @@ def anneal_factor(online_step, config):
 
 
 def optimizers(config):
-    """Adam for actor, critics and β_φ; β_φ's gradient norm is clipped, with PyTorch's 1e-6."""
+    """Adam for actor, critics and β_φ; β_φ's gradient is clipped to norm 0.5, as PyTorch clips."""
     factor = lambda grads: jnp.minimum(1, 0.5 / (optax.tree.norm(grads) + 1e-6))
     clip = optax.stateless(lambda grads, _: optax.tree.scale(factor(grads), grads))
     beta_adam = optax.chain(clip, optax.adam(config.coefficient_lr))
