@@ -37,7 +37,6 @@ mean of π(s), the smaller of its two sides.
     G_T     return_threshold     ref_return               for returns of scaled and shifted rewards
     m_β     select_actions       select_actions Eq. 9     1[D̂] if set, else 1: what shapes β_φ, n
     m_Q     loosen_bound         loosen_bound             1[D̂] if set, else 1: what is regularised
-            expectile            iql_tau                  IQL's expectile, for selection = iql
     K       num_sampled_actions  cql_n_actions            actions drawn from each source
     N_end   decay_steps          decay_steps              online updates until β_φ has faded
             buffer_init          load_way                 all | half | part (best 50) | none
@@ -504,10 +503,8 @@ def update_threshold(threshold, margin, mask, step, config):
     is_test = (step % config.update_period == 0) & (threshold.stopped_at < 0)
     passed = (margin * mask).sum() > 0  # has the sign of the mean; an empty mask never passes
     raised = jnp.minimum(threshold.n + (config.n_end - config.n_start) / 10, config.n_end)
-    return Threshold(
-        n=jnp.where(is_test & ~passed, raised, threshold.n),
-        stopped_at=jnp.where(is_test & passed, step, threshold.stopped_at),
-    )
+    n = jnp.where(is_test & ~passed, raised, threshold.n)
+    return Threshold(n, jnp.where(is_test & passed, step, threshold.stopped_at))
 
 
 def anneal_factor(online_step, config):
@@ -521,12 +518,15 @@ def anneal_factor(online_step, config):
 # -------------------------------------------------------------------------- state and its update
 
 
-def optimizers(config):
+def optimizers(config, step=None):
     """Adam for actor, critics and β_φ; β_φ's gradient is clipped to norm 0.5, as PyTorch clips."""
     factor = lambda grads: jnp.minimum(1, 0.5 / (optax.tree.norm(grads) + 1e-6))
     clip = optax.stateless(lambda grads, _: optax.tree.scale(factor(grads), grads))
     beta_adam = optax.chain(clip, optax.adam(config.coefficient_lr))
-    return optax.adam(config.actor_lr), optax.adam(config.critic_lr), beta_adam
+    actor_lr = config.actor_lr
+    if config.actor_lr_decay and step is not None:  # in an offline update: a cosine from 1 to 0
+        actor_lr *= 0.5 + 0.5 * jnp.cos(jnp.pi * step / config.offline_steps)
+    return optax.adam(actor_lr), optax.adam(config.critic_lr), beta_adam
 
 
 def init_state(key, obs_dim, action_dim, config):
@@ -579,7 +579,7 @@ def update_step(state, batch, noise, config, *, online=False):
     annealed. online and config, a FrozenConfigDict, are static. Returns the state and the metrics.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
-    actor_adam, critic_adam, _ = optimizers(config)
+    actor_adam, critic_adam, _ = optimizers(config, None if online else state.step)
     everywhere = jnp.ones_like(batch.trusted)
     # --- actor and α: against the critics before their step ---
     actor_params, actor_opt, info = descend(

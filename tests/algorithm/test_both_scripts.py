@@ -130,7 +130,7 @@ def test_td3bc_starts_from_pytorchs_uniform_kernels_and_biases():
             assert abs(kernel).mean() == pytest.approx(bound / 2, rel=0.2)
 
 
-# ------------------------------------------------------------------------ coefficient, threshold
+# --------------------------------------------------------- coefficient, threshold, learning rate
 
 
 @both_scripts
@@ -206,6 +206,20 @@ def test_annealing_fades_to_zero_and_stays_there_unless_it_is_off(anneal, decay_
     config = settings(ssar_td3bc, anneal=anneal, decay_steps=decay_steps)
     factors = [ssar_td3bc.anneal_factor(jnp.int32(step), config) for step in (0, 50, 100, 150)]
     np.testing.assert_allclose(factors, expected, atol=1e-7)
+
+
+@both_but_cql_slowly
+def test_the_actors_learning_rate_decays_offline_alone(ssar):
+    config = settings(ssar, offline_steps=100, actor_lr_decay=True)
+    state, batch, noise, update = set_up(ssar, config)
+
+    def moved(step, **options):  # in Adam's first step, every parameter moves by the learning rate
+        after, _ = update(state._replace(step=jnp.int32(step - 1)), batch, noise, **options)
+        pairs = zip(arrays(after.actor), arrays(state.actor), strict=True)
+        return max(abs(a - b).max() for a, b in pairs) / config.actor_lr
+
+    assert [moved(50), moved(75), moved(100)] == pytest.approx([0.5, 0.146, 0], abs=2e-3)
+    assert moved(100, online=True) == pytest.approx(1, abs=2e-3)
 
 
 # -------------------------------------------------------------------------- the data and their D̂
