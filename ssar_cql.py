@@ -29,8 +29,8 @@ mean of π(s), the smaller of its two sides.
         1 to 0 in N_end updates
 
     symbol  config field         authors' name  paper     meaning
-    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain CQL
-    β_init  coefficient_init     cql_alpha                β_φ starts near it, < 1.5 β_init
+    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: β_init
+    β_init  coefficient_init     cql_alpha                β_φ starts near it, below 1.5 β_init
     n       n_start, n_end       n_away         Eq. 6     C_n(s): log-density n σ from the mean
     T_inc   update_period        update_period  Sec. 3.2  updates between two tests of n
     D̂       selection            trusts         Eq. 9     auto | none | return | success | iql
@@ -214,7 +214,7 @@ def critics(params, obs, action):
     """Both Q: [B, O], [B, A] -> [2, B]; or [B, K, A] -> [2, B, K]."""
     if isinstance(params, tuple):
         return jnp.stack([critic(each, obs, action) for each in params])
-    # vmap would copy a shared input to another layout instead: 6 % of an update on a CPU.
+    # vmap would copy a shared input to another layout: 6 % of an update on a CPU.
     obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
     return jax.vmap(critic)(params, obs, action)
 
@@ -288,7 +288,7 @@ def select_by_success(rewards, ends, fail_reward):
 
 
 class IQLState(NamedTuple):
-    """Implicit Q-learning, trained only to label D̂, with the script's batch size and γ."""
+    """Implicit Q-learning, to label D̂ alone; batch size, γ and target rate are the script's."""
 
     value: dict
     critic: dict  # both critics, stacked
@@ -477,8 +477,8 @@ def alpha_loss(log_alpha, entropy, batch):
 def log_likelihood_margin(params, batch, threshold):
     """log π(a|s) - C_n(s), averaged over action dimensions, log π at least C_10: [B] (Eq. 6)."""
     mean, log_std = actor(params, batch.obs)
-    # In units of σ from μ before tanh, which float32 resolves for any σ. Clipping there clips the
-    # action, because tanh is monotone.
+    # Actions are in units of σ from μ before tanh, which float32 resolves for any σ. Clipping there
+    # clips the action, because tanh is monotone.
     to_unit = lambda a: (jnp.arctanh(jnp.clip(a, -0.99999, 0.99999)) - mean) / jnp.exp(log_std)
 
     def log_density_away(n):
@@ -524,8 +524,8 @@ def optimizers(config, step=None):
     clip = optax.stateless(lambda grads, _: optax.tree.scale(factor(grads), grads))
     beta_adam = optax.chain(clip, optax.adam(config.coefficient_lr))
     actor_lr = config.actor_lr
-    if config.actor_lr_decay and step is not None:  # in an offline update: a cosine from 1 to 0
-        actor_lr *= 0.5 + 0.5 * jnp.cos(jnp.pi * step / config.offline_steps)
+    if config.actor_lr_decay and step is not None:  # offline: from 1 to 0 at update offline_steps
+        actor_lr *= 0.5 + 0.5 * jnp.cos(jnp.pi * jnp.minimum(step / config.offline_steps, 1))
     return optax.adam(actor_lr), optax.adam(config.critic_lr), beta_adam
 
 
@@ -575,8 +575,8 @@ def sample_noise(key, batch, config):
 def update_step(state, batch, noise, config, *, online=False):
     """One update: actor and α, critics and α', then β_φ and the threshold, then the targets.
 
-    batch: its actions within ±0.9999, see make_transitions. online: φ and n stay frozen, and β_φ is
-    annealed. online and config, a FrozenConfigDict, are static. Returns the state and the metrics.
+    batch: actions in [-1, 1]; make_transitions clips the data's to ±0.9999. online: φ and n stay
+    frozen, and β_φ is annealed. online and config, a FrozenConfigDict, are static.
     """
     state = state._replace(step=state.step + 1, online_step=state.online_step + online)
     actor_adam, critic_adam, _ = optimizers(config, None if online else state.step)
@@ -625,7 +625,7 @@ def update_step(state, batch, noise, config, *, online=False):
 
 
 def update_multiplier(state, penalty, config):
-    """One step of α', where `penalty` is the regulariser of both critics."""
+    """One step of α', where `penalty` is the weighted regulariser of both critics."""
     _, critic_adam, _ = optimizers(config)
     log_alpha_prime, opt_state, info = descend(
         alpha_prime_loss, state.log_alpha_prime, critic_adam, state.log_alpha_prime_opt,
@@ -660,8 +660,8 @@ def coefficient_metrics(beta, regularised, margin, mask, batch):
 
 
 # ================================================================================================
-# The algorithm ends here. Below is one way to run it: replace it with yours. It compiles functions
-# of one seed for S seeds at once (`seeds.vmap`). Only `main` and the last lines import common/.
+# The algorithm ends here. Below is one way to run it: replace it with yours. `seeds.vmap` compiles
+# one-seed functions for S seeds at once. Only `main` and the last lines import common/.
 # ================================================================================================
 
 
@@ -728,14 +728,14 @@ def pretrain(state, data, evaluate, seeds, run, config):
     """
     train = partial(train_interval, config=config)
     train = seeds.vmap(train, in_axes=(0, DATA_AXES), donate=0, is_loop=True)
-    play = seeds.vmap(act)
+    policy = seeds.vmap(act)
     state = run.resume("offline", state, config.offline_steps)
     for end in range(config.eval_interval, config.offline_steps + 1, config.eval_interval):
         for step in run.steps(end, config.updates_per_call):
             state, metrics = train(state, data)
             run.log(step, metrics)
             run.save(step, state)
-        run.evaluate(end, partial(evaluate, play, state.actor), state.threshold.n)
+        run.evaluate(end, partial(evaluate, policy, state.actor), state.threshold.n)
     return state
 
 
@@ -770,8 +770,8 @@ def select_trusted(rewards, ends, label, config):
     rewards: float [N], scaled and shifted. ends: bool [N], the last row of each episode.
     """
     is_unused = not config.offline_steps and config.buffer_init == "none"  # no row is ever used
-    by_rewards = "success" if len(np.unique(rewards)) == 2 else "return"  # two values: sparse
-    selection = by_rewards if config.selection == "auto" else config.selection
+    is_sparse = config.return_threshold is None and len(np.unique(rewards)) == 2  # two values
+    selection = config.selection.replace("auto", "success" if is_sparse else "return")
     if config.coefficient == "fixed" or selection == "none" or is_unused:
         trusted = np.ones(len(rewards), bool)
     elif selection == "return":
@@ -827,16 +827,16 @@ def sample_batch(key, data, buffer, config):
     shape, keys = (config.batch_size,), jax.random.split(key, 3)
     num_offline = len(data.reward)
     num_online = jnp.minimum(buffer.added, len(buffer.rows.reward))
-    new = take(buffer.rows, jax.random.randint(keys[0], shape, 0, num_online))
+    online = take(buffer.rows, jax.random.randint(keys[0], shape, 0, num_online))
     if num_offline == 0:
-        return new
-    old = take(data, jax.random.randint(keys[1], shape, 0, num_offline))
+        return online
+    offline = take(data, jax.random.randint(keys[1], shape, 0, num_offline))
     if config.buffer_init == "half":
-        is_old = jnp.arange(config.batch_size) < config.batch_size // 2
+        is_offline = jnp.arange(config.batch_size) < config.batch_size // 2
     else:
-        is_old = jax.random.randint(keys[2], shape, 0, num_offline + num_online) < num_offline
-    choose = jax.vmap(lambda is_old, old, new: jnp.where(is_old, old, new))
-    return jax.tree.map(partial(choose, is_old), old, new)
+        is_offline = jax.random.randint(keys[2], shape, 0, num_offline + num_online) < num_offline
+    pick = partial(jax.vmap(jnp.where), is_offline)  # row by row
+    return jax.tree.map(pick, offline, online)
 
 
 def explore(actor_params, obs, key, step, config):
@@ -864,8 +864,8 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
     add = seeds.vmap(store, donate=0)
     learn = partial(online_update, config=config)
     learn = seeds.vmap(learn, in_axes=(0, 0, DATA_AXES), donate=0)
-    play = seeds.vmap(act)
-    # Exploration's own keys: updates never fold so high a number into state.key.
+    policy = seeds.vmap(act)
+    # Exploration's own keys: no update has the number 2**32 - 1.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     buffer = seeds.spread(jax.vmap(lambda _: init_buffer(data, config))(keys))
     state, buffer = run.resume("online", (state, buffer), config.online_steps)
@@ -882,7 +882,7 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
                 state, metrics = learn(state, buffer, data)
             run.log(step, metrics, outcome.finished)
             run.save(step, (state, buffer))
-        run.evaluate(end, partial(evaluate, play, state.actor), state.threshold.n)
+        run.evaluate(end, partial(evaluate, policy, state.actor), state.threshold.n)
     return state
 
 

@@ -7,11 +7,11 @@ where it is not. Only the trusted part D̂ of the data D shapes it.
 
 The margin is log π(a|s) - C_n(s), where C_n(s) is the log-density n standard deviations from π(s).
 For a Gaussian of width σ around π(s), the margin is ((σn)² - (π(s) - a)²) / (2σ²) per dimension.
-The code drops 1/(2σ²), averages over dimensions, and caps (π(s) - a)² at 1, (10σ)² for σ = 0.1.
+The code drops 1/(2σ²), averages over dimensions, and caps (π(s) - a)² at 1: (10σ)² with σ = 0.1.
 
     D̂ ⊆ D: trajectories of return > G_T, or successful ones, or transitions of IQL advantage ≥ 0
     every update, on a batch (s, a, r, s', d) of D, each line using the results of those above:
-        a' = clip(π_target(s') + clip(noise, ±noise_clip), ±1)
+        a' = clip(π_target(s') + clip(noise, ±noise_clip), ±1), noise ~ N(0, policy_noise²)
         y  = r + γ (1 - d) min_i Q_target_i(s', a')
         Q_i: Adam on mean (Q_i(s, a) - y)²
         every policy_freq updates:
@@ -27,8 +27,8 @@ The code drops 1/(2σ²), averages over dimensions, and caps (π(s) - a)² at 1,
         multiplied by a factor that falls from 1 to 0 in N_end updates
 
     symbol  config field         authors' name  paper     meaning
-    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: plain TD3+BC
-    β_init  coefficient_init     1 / alpha                β_φ starts near it, < 1.5 β_init
+    β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: β_init
+    β_init  coefficient_init     1 / alpha                β_φ starts near it, below 1.5 β_init
     n       n_start, n_end       n_away         Eq. 6     C_n(s): log-density n σ from the mean
     T_inc   update_period        update_period  Sec. 3.2  updates between two tests of n
     σ       expl_noise           expl_noise     Eq. 6     of the margin; not exploration_noise
@@ -162,7 +162,7 @@ def critic(params, obs, action):
 
 def critics(params, obs, action):
     """Both Q, of stacked parameters: [B, O], [B, A] -> [2, B]."""
-    # vmap would copy a shared input to another layout instead: 6 % of an update on a CPU.
+    # vmap would copy a shared input to another layout: 6 % of an update on a CPU.
     obs, action = (jnp.broadcast_to(x, (2, *x.shape)) for x in (obs, action))
     return jax.vmap(critic)(params, obs, action)
 
@@ -223,7 +223,7 @@ def select_by_success(rewards, ends, fail_reward):
 
 
 class IQLState(NamedTuple):
-    """Implicit Q-learning, trained only to label D̂, with the script's batch size and γ."""
+    """Implicit Q-learning, to label D̂ alone; batch size, γ and target rate are the script's."""
 
     value: dict
     critic: dict  # both critics, stacked
@@ -349,8 +349,8 @@ def optimizers(config, step=None):
     clip = optax.stateless(lambda grads, _: optax.tree.scale(factor(grads), grads))
     beta_adam = optax.chain(clip, optax.adam(config.coefficient_lr))
     actor_lr = config.actor_lr
-    if config.actor_lr_decay and step is not None:  # in an offline update: a cosine from 1 to 0
-        actor_lr *= 0.5 + 0.5 * jnp.cos(jnp.pi * step / config.offline_steps)
+    if config.actor_lr_decay and step is not None:  # offline: from 1 to 0 at update offline_steps
+        actor_lr *= 0.5 + 0.5 * jnp.cos(jnp.pi * jnp.minimum(step / config.offline_steps, 1))
     return optax.adam(actor_lr), optax.adam(config.critic_lr), beta_adam
 
 
@@ -460,8 +460,8 @@ def coefficient_metrics(beta, regularised, margin, mask, batch):
 
 
 # ================================================================================================
-# The algorithm ends here. Below is one way to run it: replace it with yours. It compiles functions
-# of one seed for S seeds at once (`seeds.vmap`). Only `main` and the last lines import common/.
+# The algorithm ends here. Below is one way to run it: replace it with yours. `seeds.vmap` compiles
+# one-seed functions for S seeds at once. Only `main` and the last lines import common/.
 # ================================================================================================
 
 
@@ -531,14 +531,14 @@ def pretrain(state, data, evaluate, seeds, run, config):
     """
     train = partial(train_interval, config=config)
     train = seeds.vmap(train, in_axes=(0, DATA_AXES), donate=0, is_loop=True)
-    play = seeds.vmap(act)
+    policy = seeds.vmap(act)
     state = run.resume("offline", state, config.offline_steps)
     for end in range(config.eval_interval, config.offline_steps + 1, config.eval_interval):
         for step in run.steps(end, config.updates_per_call):
             state, metrics = train(state, data)
             run.log(step, metrics)
             run.save(step, state)
-        run.evaluate(end, partial(evaluate, play, state.actor), state.threshold.n)
+        run.evaluate(end, partial(evaluate, policy, state.actor), state.threshold.n)
     return state
 
 
@@ -573,8 +573,8 @@ def select_trusted(rewards, ends, label, config):
     rewards: float [N], scaled and shifted. ends: bool [N], the last row of each episode.
     """
     is_unused = not config.offline_steps and config.buffer_init == "none"  # no row is ever used
-    by_rewards = "success" if len(np.unique(rewards)) == 2 else "return"  # two values: sparse
-    selection = by_rewards if config.selection == "auto" else config.selection
+    is_sparse = config.return_threshold is None and len(np.unique(rewards)) == 2  # two values
+    selection = config.selection.replace("auto", "success" if is_sparse else "return")
     if config.coefficient == "fixed" or selection == "none" or is_unused:
         trusted = np.ones(len(rewards), bool)
     elif selection == "return":
@@ -630,16 +630,16 @@ def sample_batch(key, data, buffer, config):
     shape, keys = (config.batch_size,), jax.random.split(key, 3)
     num_offline = len(data.reward)
     num_online = jnp.minimum(buffer.added, len(buffer.rows.reward))
-    new = take(buffer.rows, jax.random.randint(keys[0], shape, 0, num_online))
+    online = take(buffer.rows, jax.random.randint(keys[0], shape, 0, num_online))
     if num_offline == 0:
-        return new
-    old = take(data, jax.random.randint(keys[1], shape, 0, num_offline))
+        return online
+    offline = take(data, jax.random.randint(keys[1], shape, 0, num_offline))
     if config.buffer_init == "half":
-        is_old = jnp.arange(config.batch_size) < config.batch_size // 2
+        is_offline = jnp.arange(config.batch_size) < config.batch_size // 2
     else:
-        is_old = jax.random.randint(keys[2], shape, 0, num_offline + num_online) < num_offline
-    choose = jax.vmap(lambda is_old, old, new: jnp.where(is_old, old, new))
-    return jax.tree.map(partial(choose, is_old), old, new)
+        is_offline = jax.random.randint(keys[2], shape, 0, num_offline + num_online) < num_offline
+    pick = partial(jax.vmap(jnp.where), is_offline)  # row by row
+    return jax.tree.map(pick, offline, online)
 
 
 def explore(actor_params, obs, key, step, config):
@@ -666,10 +666,10 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
     choose = seeds.vmap(partial(explore, config=config), in_axes=(0, 0, 0, None))
     add = seeds.vmap(store, donate=0)
     compiled = partial(seeds.vmap, in_axes=(0, 0, DATA_AXES), donate=0)
-    learn = partial(online_update, config=config)
-    learn = {is_due: compiled(partial(learn, update_actor=is_due)) for is_due in (False, True)}
-    play = seeds.vmap(act)
-    # Exploration's own keys: updates never fold so high a number into state.key.
+    update_if = lambda is_due: partial(online_update, config=config, update_actor=is_due)
+    learn = {is_due: compiled(update_if(is_due)) for is_due in (False, True)}
+    policy = seeds.vmap(act)
+    # Exploration's own keys: no update has the number 2**32 - 1.
     keys = jax.vmap(partial(jax.random.fold_in, data=2**32 - 1))(state.key)
     buffer = seeds.spread(jax.vmap(lambda _: init_buffer(data, config))(keys))
     state, buffer = run.resume("online", (state, buffer), config.online_steps)
@@ -688,7 +688,7 @@ def finetune(state, data, envs, evaluate, seeds, run, config):
                 state, metrics = learn[update % config.new_policy_freq == 0](state, buffer, data)
             run.log(step, metrics, outcome.finished)
             run.save(step, (state, buffer))
-        run.evaluate(end, partial(evaluate, play, state.actor), state.threshold.n)
+        run.evaluate(end, partial(evaluate, policy, state.actor), state.threshold.n)
     return state
 
 

@@ -101,7 +101,7 @@ def defaults():
     c.update_period = 50_000  # T_inc
 
     # the trusted sub-dataset D̂
-    # auto: success where rewards take two values only, else return
+    # auto: success if rewards take two values only and no return_threshold is given, else return
     c.selection = "auto"  # auto | none | return | success | iql
     c.return_threshold = config_dict.placeholder(float)  # G_T; by default the better half
     c.expectile = 0.7

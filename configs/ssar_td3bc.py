@@ -97,7 +97,7 @@ def defaults():
     c.expl_noise = 0.1  # σ, the width of the Gaussian around π(s)
 
     # the trusted sub-dataset D̂
-    # auto: success where rewards take two values only, else return
+    # auto: success if rewards take two values only and no return_threshold is given, else return
     c.selection = "auto"  # auto | none | return | success | iql
     c.return_threshold = config_dict.placeholder(float)  # G_T; by default the better half
     c.expectile = 0.7

@@ -122,7 +122,7 @@ class Records:
             self.wandb.summary.update(columns)
         return columns | {
             "unit": data.unit,
-            "normalized": data.unit != "return",
+            "normalised": data.unit != "return",
             "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "data": {

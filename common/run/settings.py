@@ -183,9 +183,9 @@ def check_settings(config) -> None:
     for field, passes, why in RULES:
         if config.get(field) is not None and not passes(config[field], config):
             refuse(config, field, why.format(c=config))
-    multiples = [("online_steps", "eval_interval")]
+    multiples = (("iql_steps", "updates_per_call"),) * needs_iql(config)
     if config.offline_steps and not config.offline_checkpoint:
-        multiples += MULTIPLES + (("iql_steps", "updates_per_call"),) * needs_iql(config)
-    for field, divisor in multiples:
+        multiples += MULTIPLES
+    for field, divisor in (("online_steps", "eval_interval"), *multiples):
         if config.get(field, 0) % config.get(divisor, 1):
             refuse(config, field, f"must be a multiple of --config.{divisor}={config[divisor]}")

@@ -246,7 +246,7 @@ def test_the_settings_choose_how_transitions_are_selected(overrides, expected):
     np.testing.assert_array_equal(trusted, [expected, expected])
 
 
-def test_auto_trusts_successes_where_rewards_are_sparse_and_else_the_better_half():
+def test_auto_trusts_successes_where_rewards_are_sparse_unless_a_threshold_is_given():
     config = settings(ssar_td3bc, selection="auto", return_threshold=None)
     rewards = np.array([-1, -1, -1, 0, -1, 0, -1], np.float32)
     ends = np.array([0, 1, 0, 1, 0, 1, 1], bool)
@@ -254,6 +254,8 @@ def test_auto_trusts_successes_where_rewards_are_sparse_and_else_the_better_half
     np.testing.assert_array_equal(select(rewards, ends), [[0, 0, 1, 1, 1, 1, 0]])
     alive = select(np.ones(7, np.float32), ends)
     np.testing.assert_array_equal(alive, [[1] * 6 + [0]])  # the longest episodes, all three
+    select = partial(select, config=settings(ssar_td3bc, selection="auto", return_threshold=-1.5))
+    np.testing.assert_array_equal(select(rewards, ends), [[0, 0, 1, 1, 1, 1, 1]])
 
 
 def test_iql_finds_the_better_action_for_every_seed():

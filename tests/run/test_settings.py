@@ -118,6 +118,12 @@ IMPOSSIBLE = [
 ]
 
 
+def test_iql_labels_are_never_those_of_fewer_updates_than_asked():
+    config = tiny_config(selection="iql", offline_steps=0, online_steps=20, iql_steps=30)
+    with pytest.raises(InputError, match="iql_steps.* must be a multiple of --config.updates_per"):
+        check_settings(ml_collections.FrozenConfigDict(config))
+
+
 @pytest.mark.parametrize(("field", "value", "words"), IMPOSSIBLE)
 def test_impossible_settings_are_named(field, value, words):
     script, _, field = field.rpartition(": ")
