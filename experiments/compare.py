@@ -51,7 +51,8 @@ def read_run(folder: Path) -> Run:
             raise ValueError("scores.csv has no rows")
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        fix = f"name a run folder, such as {folder}/0, or wait for its first evaluation"
+        near = f", such as {folder}/0," * (folder / "0").is_dir()
+        fix = f"name a run folder{near} or wait for its first evaluation"
         raise SystemExit(f"compare: {folder} has no scores ({reason}): {fix}") from None
     return Run(folder, config, data, results, seeds)
 
@@ -150,7 +151,8 @@ def compare(folders: list[Path], picture: Path) -> list[list]:
     for i, (run, (label, *_)) in enumerate(zip(runs, table, strict=True)):
         draw(axis, run, label, f"C{i}")
     is_online = any(run.config["online_steps"] for run in runs)
-    axis.set(xlabel="thousands of updates" + ", then environment steps" * is_online, ylabel="score")
+    steps = "thousands of updates" + ", then environment steps" * is_online
+    axis.set(xlabel=steps, ylabel=runs[0].results.get("unit", "score"))
     figure.legend(loc="outside upper left")
     try:
         figure.savefig(picture, dpi=160)

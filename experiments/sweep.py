@@ -103,7 +103,11 @@ def parse(argv):
     add("--gpus", type=int, default=1, help="GPUs for each run; 0 on a machine without any (1)")
     add("--cpus", type=int, default=4, help="CPUs for each run on the cluster (4)")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="partition, account, mem, ...")
-    args = parser.parse_args(argv[:split])
+    args, unknown = parser.parse_known_args(argv[:split])
+    if unknown:
+        parser.error(f"{unknown[0]} is unknown: the settings of the runs follow after --")
+    if wrong := [pair for pair in args.vary if "=" not in pair]:
+        parser.error(f"--vary takes <field>=<value>,..., such as n_end=2.0,3.0, not {wrong[0]}")
     args.settings, args.folder = argv[split + 1 :], Path(args.folder).expanduser().absolute()
     args.tasks, args.algorithms = (list(dict.fromkeys(x)) for x in (args.tasks, args.algorithms))
     args.grid = []
@@ -168,7 +172,7 @@ def run_here(runs, args):
                         where = {"stdout": file, "stderr": subprocess.STDOUT, "env": env}
                         process = subprocess.Popen(command, start_new_session=True, **where)
                     running[slot] = run, process, log
-                    print(f"{run.name} starts; {len(waiting)} wait", flush=True)
+                    print(f"{run.name} starts; {len(waiting)} wait; output in {log}", flush=True)
             time.sleep(0.5)
     finally:
         stop([process for _, process, _ in running.values()])

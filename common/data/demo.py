@@ -5,6 +5,7 @@
 
 import contextlib
 import shutil
+import sys
 
 import filelock
 import gymnasium
@@ -67,7 +68,8 @@ def _record(dataset_id, env_id, reference, held):
     env = minari.DataCollector(gymnasium.make(env_spec(env_id, dataset_id)), record_infos=False)
     held.callback(env.close)  # which deletes what is not yet a data set
     skills = rng.choice(len(SKILLS), size=EPISODES, p=[share for share, *_ in SKILLS])
-    for skill in tqdm(skills, f"recording {dataset_id}, once", unit="episode"):
+    pause = 0.5 if sys.stderr.isatty() else 30
+    for skill in tqdm(skills, f"recording {dataset_id}, once", unit="episode", mininterval=pause):
         _, gain, damping, noise = SKILLS[skill]
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
         terminated = truncated = False

@@ -152,6 +152,9 @@ def load_config(name: str, file: str | None, settings: list[str]):
         saved = load_settings(given["offline_checkpoint"])
         with explained("--config.offline_checkpoint has other settings", "use that run's script"):
             config.update({field: value for field, value in saved.items() if field in config})
+    elif not file and given.get("dataset", config.dataset) != config.dataset:
+        custom = f"--config=configs/{name}.py:custom"
+        print(f"note: the settings are the demo's; those for other data: {custom}", flush=True)
     config.update(given)
     scale_settings(config, given)
     return config
@@ -180,6 +183,8 @@ def _read(config, field, text):
 def _load(path, *task):
     """A settings file as a dictionary of its names, and the ConfigDict that it gives."""
     what, fix = f"the settings {':'.join([path, *task])} cannot be loaded", "fix or replace them"
+    if not os.path.exists(path):
+        fix = "write --config=configs/<script>.py:<task>"
     with explained(what, fix):
         module = runpy.run_path(path)
         tasks = module.get("TASKS", task)

@@ -14,7 +14,6 @@ def check_trusted(trusted, dataset, config) -> None:
     """Raises InputError when a seed trusts no transition: trusted, bool [S, N]."""
     if not trusted.size or config.coefficient == "fixed":
         return
-    tqdm.write(f"D̂ holds {trusted.mean():.1%} of the transitions")
     is_dense = config.selection == "success" and len(np.unique(dataset.rewards)) != 2
     if is_dense or not trusted.any(axis=1).all():
         fixes = {
@@ -25,6 +24,7 @@ def check_trusted(trusted, dataset, config) -> None:
         fix = fixes.get(config.selection, fix)
         what = f"selection={config.selection} finds no D̂ in {dataset.source}"
         raise InputError(f"{what}: {fix}")
+    tqdm.write(f"D̂ holds {trusted.mean():.1%} of the transitions")
 
 
 def broken_parts(content, name="") -> list[str]:
@@ -73,7 +73,7 @@ def signatures(rows, trusted_fraction, floor, top, dataset, config):
             sign = "near-zero score" + " with a thin sub-dataset" * is_thin
             fix = "lower return_threshold or expectile" if is_thin else "raise coefficient_init"
             own = "" if np.isnan(dataset.behaviour) else f", in the data {dataset.behaviour:.4g}"
-            yield sign, f"it is {best:.4g} at best{own}; {fix}"
+            yield sign, f"the best median of {WINDOW} evaluations is {best:.4g}{own}; {fix}"
         last, cap = rows[len(offline) - 1], 1.5 * config.coefficient_init
         if config.coefficient == "adaptive" and last.get("beta_min", 0) > 0.98 * cap:
             what = f"β is at its maximum on every state, and n at {last['n']:.3g}"

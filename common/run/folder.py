@@ -164,7 +164,7 @@ class Run:
         with self._clock.measure("writing"):
             self._records.write()
         self._warn(diagnosis.warnings(self._config, self._dataset, self._records))
-        shown = {"score": columns["score"].mean(), "n": columns["n"].mean()}
+        shown = {"score": f"{columns['score'].mean():.1f}", "n": columns["n"].mean()}
         if "beta_mean" in columns:
             shown["β"] = (columns["beta_mean"] * columns["anneal"]).mean()
         self._bar.set_postfix(shown, refresh=False)
@@ -201,7 +201,8 @@ class Run:
         close_run()
         print_table(results)
         shares = ", ".join(f"{name} {x:.0%}" for name, x in timing["shares"].items())
-        print(f"{timing['wall_seconds']:.0f} s in all: {shares}")
+        since = "; since the last start" * bool(self._earlier)
+        print(f"{timing['wall_seconds']:.0f} s in all{since}: {shares}")
         print(f"-> {self.workdir}", flush=True)
         self._warned.clear()
         self._warn(warnings)

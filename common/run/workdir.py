@@ -40,7 +40,8 @@ def load_settings(workdir: str, flag: str = "--config.offline_checkpoint") -> di
     """The settings of the run in `workdir`. Raises InputError when it holds no run."""
     path = os.path.join(absolute(workdir, flag), "config.json")
     what = f"{flag}={workdir} is not a run folder, because {path} is not readable"
-    with explained(what, "name another folder"), open(path) as file:
+    near = os.path.join(workdir, "0") if has_run(os.path.join(workdir, "0")) else "another folder"
+    with explained(what, f"name {near}"), open(path) as file:
         return dict(json.load(file))
 
 

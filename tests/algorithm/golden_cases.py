@@ -2,13 +2,12 @@
 
 A case, golden/*.npz, is 8 updates on batches of 32 transitions with 5 observation and 3 action
 dimensions: its batches, draws and hyper-parameters and, under f64/, what the authors' networks gave
-in float64 after every update. SSAR_GOLDEN=<folder> also tests the cases in another folder.
+in float64 after every update.
 Uniform initial parameters are not stored, because NumPy's Mersenne Twister yields the same stream
 as torch.manual_seed, bit for bit. The orthogonal kernels of CQL's critics are (init_cql*.npz).
 """
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 
@@ -19,12 +18,11 @@ from flax.traverse_util import flatten_dict
 from helpers import one_of
 
 HERE = Path(__file__).parent / "golden"
-FOLDERS = [HERE, *map(Path, filter(None, [os.environ.get("SSAR_GOLDEN")]))]
 
 
 def find_cases(prefix):
     """Paths of the cases whose file name starts with `prefix`."""
-    return [path for folder in FOLDERS for path in sorted(folder.glob(f"{prefix}*.npz"))]
+    return sorted(HERE.glob(f"{prefix}*.npz"))
 
 
 def load_case(path):

@@ -3,6 +3,7 @@
 from functools import partial
 from types import SimpleNamespace
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from toys import ACTION, OBS, arrays, frozen
 
 import ssar_cql
 import ssar_td3bc
+from common.evaluation import Collector
 
 both_scripts = pytest.mark.parametrize("ssar", [ssar_td3bc, ssar_cql], ids=["td3bc", "cql"])
 slow_cql = pytest.param(ssar_cql, marks=pytest.mark.slow)  # compiles for long
@@ -85,6 +87,10 @@ def evaluate(act, actor):
 class StubRun:
     """A run without a folder. It remembers the metrics that it was given, by phase."""
 
+    save = lambda self, step, tree: None
+    evaluate = lambda self, step, play, n: play()
+    log = lambda self, step, metrics, finished=(): self.metrics[self.phase].append(metrics)
+
     def __init__(self):
         self.metrics = {}
 
@@ -97,32 +103,9 @@ class StubRun:
             self.step += size
             yield self.step
 
-    def log(self, step, metrics, finished=()):
-        self.metrics[self.phase].append(metrics)
 
-    def save(self, step, tree):
-        pass
-
-    def evaluate(self, step, play, n):
-        play()
-
-
-class Point:
-    """A Collector: the action moves a point, and the reward is minus its distance from zero."""
-
-    def __init__(self, seeds):
-        self.rng, self.seeds, self.steps = np.random.default_rng(0), seeds, 0
-
-    def reset(self, step=0):
-        self.obs = self.rng.uniform(-1, 1, (self.seeds, OBS)).astype(np.float32)
-        return self.obs
-
-    def step(self, action):
-        next_obs = self.obs.copy()
-        next_obs[:, :ACTION] += 0.5 * action
-        reward = -abs(next_obs[:, :ACTION]).sum(axis=1)
-        self.steps += 1
-        self.obs = self.reset() if self.steps % 4 == 0 else next_obs  # a time limit
-        ended = np.zeros(self.seeds, np.float32)
-        outcome = {"reward": reward, "next_obs": next_obs, "terminated": ended}
-        return SimpleNamespace(obs=self.obs, finished=[], **outcome)
+def walks(seeds):
+    """A Collector: a Walk for each seed."""
+    spec = gymnasium.spec("ssar-test/Walk-v0")
+    data = SimpleNamespace(env=spec, observation_keys=None, normalizer=np.float32)
+    return Collector(data, seeds, seed=0)

@@ -193,19 +193,16 @@ def test_n_rises_until_a_test_passes_and_never_moves_again(margins, rises, stopp
     assert int(threshold.stopped_at) == stopped_at
 
 
-@pytest.mark.parametrize(
-    ("anneal", "decay_steps", "expected"),
-    [
+def test_annealing_fades_to_zero_and_stays_there_unless_it_is_off():
+    for anneal, decay_steps, expected in (
         ("linear", 100, [1, 0.5, 0, 0]),
         ("cosine", 100, [1, np.cos(np.pi / 4), 0, 0]),
         ("linear", -1, [1, 1, 1, 1]),
         ("none", 100, [1, 1, 1, 1]),
-    ],
-)
-def test_annealing_fades_to_zero_and_stays_there_unless_it_is_off(anneal, decay_steps, expected):
-    config = settings(ssar_td3bc, anneal=anneal, decay_steps=decay_steps)
-    factors = [ssar_td3bc.anneal_factor(jnp.int32(step), config) for step in (0, 50, 100, 150)]
-    np.testing.assert_allclose(factors, expected, atol=1e-7)
+    ):
+        config = settings(ssar_td3bc, anneal=anneal, decay_steps=decay_steps)
+        factors = [ssar_td3bc.anneal_factor(jnp.int32(step), config) for step in (0, 50, 100, 150)]
+        np.testing.assert_allclose(factors, expected, atol=1e-7)
 
 
 @both_but_cql_slowly

@@ -16,7 +16,7 @@ import conftest  # noqa: F401  sets up the environment before JAX starts
 import jax
 import numpy as np
 import pytest
-from helpers import Point, StubRun, batch_of, evaluate, new_states, settings
+from helpers import StubRun, batch_of, evaluate, new_states, settings, walks
 from toys import arrays, tiny_config, toy_columns, write_hdf5, write_settings
 
 import common.seeds
@@ -43,7 +43,7 @@ def train_eight_seeds(ssar):
     data = data._replace(trusted=seeds.spread(trusted))
     state = ssar.pretrain(seeds.spread(state), data, evaluate, seeds, run, config)
     data = ssar.offline_part(data, np.arange(200) % 5 == 4, config)
-    state = ssar.finetune(state, data, Point(8), evaluate, seeds, run, config)
+    state = ssar.finetune(state, data, walks(8), evaluate, seeds, run, config)
     assert len(state.step.sharding.device_set) == jax.device_count()
     return labels, arrays(state)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
-    Point,
     StubRun,
     batch_of,
     both_scripts,
@@ -16,6 +15,7 @@ from helpers import (
     new_states,
     one_of,
     settings,
+    walks,
 )
 from toys import OBS
 
@@ -104,7 +104,7 @@ def test_finetune_moves_the_actor_every_new_policy_freq_updates_after_the_warmup
     config = settings(ssar_td3bc, buffer_init="none", **lengths)
     data = batch_of(ssar_td3bc, rows=0)._replace(trusted=jnp.zeros((2, 0)))
     run, start = StubRun(), new_states(ssar_td3bc, config, 2)
-    ssar_td3bc.finetune(start, data, Point(2), evaluate, Seeds(2), run, config)
+    ssar_td3bc.finetune(start, data, walks(2), evaluate, Seeds(2), run, config)
     assert not any(run.metrics["online"][:10])
     moved = ["actor_loss" in metrics for metrics in run.metrics["online"][10:]]
     assert moved == [i % 3 == 0 for i in range(1, 31)]

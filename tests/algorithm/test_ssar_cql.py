@@ -13,17 +13,11 @@ import ssar_cql as ssar
 
 # ------------------------------------------------------------------------------ the regulariser
 
+UNWEIGHTED = {"importance_sample": False, "cql_temperature": 0.5}
+CLIPPED = {"clip_diff_min": 2.5, "clip_diff_max": 4.0, "lagrange": True}
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"importance_sample": False},
-        {"cql_temperature": 0.5},
-        {"clip_diff_min": 2.5, "clip_diff_max": 4.0},
-        {"lagrange": True},
-    ],
-)
+
+@pytest.mark.parametrize("overrides", [UNWEIGHTED, CLIPPED])
 def test_the_regulariser_is_the_papers_with_every_option(overrides):
     config, rng = settings(ssar, **overrides), np.random.default_rng(0)
     q, log_prob, weight = rng.normal(size=(2, 7, 10)), rng.normal(size=(7, 9)), rng.random(7)

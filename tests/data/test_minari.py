@@ -82,37 +82,27 @@ def test_missing_data_sets_are_downloaded(tmp_path, monkeypatch, folder):
         assert "no route): see `minari list local`" in message
 
 
-def no_spaces(folder):
-    """Minari would make the environment, which is a command, to see its spaces."""
-    path = folder / "data" / "metadata.json"
-    path.write_text(path.read_text().replace("observation_space", "x"))
+BROKEN = {
+    "spaces": "is not readable (KeyError: 'no spaces'): give a complete copy, close what",
+    "rewards": "'episode_2/rewards' lies in another file",
+    "observations": "episode 2 has 5 observations and 5 actions for 5 rewards: record it",
+}
 
 
-def leads_out(folder):
-    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
-        del file["episode_1/rewards"]
-        file["episode_1/rewards"] = h5py.ExternalLink("/etc/hosts.hdf5", "rewards")
-
-
-def lacks_one(folder):
-    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
-        observations = file["episode_2/observations"][:-1]
-        del file["episode_2/observations"]
-        file["episode_2/observations"] = observations
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (no_spaces, "is not readable (KeyError: 'no spaces'): give a complete copy, close what"),
-        (leads_out, "'episode_1/rewards' lies in another file"),
-        (lacks_one, "episode 2 has 5 observations and 5 actions for 5 rewards: record it"),
-    ],
-)
-def test_data_that_are_broken_or_malicious_are_refused(change, words, folder):
+@pytest.mark.parametrize("part", BROKEN)
+def test_data_that_are_broken_or_malicious_are_refused(part, folder):
+    """Without spaces, Minari would make the environment, which is a command, to see them."""
     record("ssar-test/Walk-v0")
-    change(folder)
-    assert words in refused(**DATA)
+    path = folder / "data" / "metadata.json"
+    if part == "spaces":
+        path.write_text(path.read_text().replace("observation_space", "x"))
+    else:
+        elsewhere = h5py.ExternalLink("/etc/hosts.hdf5", part)
+        with h5py.File(path.with_name("main_data.hdf5"), "a") as file:
+            fewer = file["episode_2"][part][:-1]
+            del file["episode_2"][part]
+            file["episode_2"][part] = elsewhere if part == "rewards" else fewer
+    assert BROKEN[part] in refused(**DATA)
 
 
 def test_code_that_a_data_set_names_does_not_run(folder, capsys):

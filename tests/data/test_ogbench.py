@@ -20,12 +20,7 @@ pytest.importorskip("ogbench", reason="pip install ogbench, with Python 3.12 or 
 
 TASK = {"dataset": "ogbench:pointmaze-medium-navigate-singletask-task1-v0", "env": None}
 FILE = "pointmaze-medium-navigate-v0.npz"
-MAZES = [f"{robot}maze-{size}" for robot in ("point", "ant", "humanoid")
-         for size in ("medium", "large", "giant", "teleport")]  # fmt: skip
-FAMILIES = [*((maze, "navigate") for maze in MAZES), ("antsoccer-arena", "navigate")]
-FAMILIES += [("antsoccer-medium", "stitch"), ("scene", "play")]
-FAMILIES += [(f"cube-{n}", "play") for n in ("single", "double", "triple", "quadruple", "octuple")]
-FAMILIES += [(f"puzzle-{size}", "noisy") for size in ("3x3", "4x4", "4x5", "4x6")]
+FAMILIES = [("humanoidmaze-giant", "navigate"), ("cube-single", "play"), ("puzzle-3x3", "noisy")]
 
 
 @pytest.mark.parametrize(("family", "kind"), FAMILIES)

@@ -98,7 +98,7 @@ def test_the_interquartile_mean_resamples_seeds_within_their_task():
 
 
 INCOMPARABLE = {
-    "a nowhere": r"nowhere has no scores \(.*config.json.*\): name a run folder, such as .*/0, or",
+    "a nowhere": r"nowhere has no scores \(.*config.json.*\): name a run folder or wait",
     "a new": r"new has no scores \(.*\): .*wait for its first evaluation",
     "a mine": "a has data demo, but .*mine mine: compare runs of one task at a time",
     "a b a": "both hold seed 0 of the same settings: leave one of them out",
@@ -155,9 +155,6 @@ def test_the_film_shows_the_last_evaluation(trained, tmp_path, capsys, monkeypat
         watch(run, out, seed=2)
     with pytest.raises(InputError, match="no usable checkpoint .*nowhere"):
         watch(tmp_path / "nowhere", out)
-    monkeypatch.setattr(Drawn, "render", lambda _: 1 / 0)
-    with pytest.raises(InputError, match=r"cannot be drawn \(division by zero\): install what"):
-        watch(run, out)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(InputError, match="pip install imageio imageio-ffmpeg"):
         watch(run, out)

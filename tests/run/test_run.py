@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,10 +36,13 @@ ONLINE = {"online_steps": 24}
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    """No signal is pending after a test, and no run is open."""
+    """After a test no signal is pending, no run is open, and signals are handled as before."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
     stopping.received.clear()
     close_run()
+    for place in before:
+        signal.signal(*place)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +133,6 @@ MOMENTS = {
     "in an evaluation": (toy_script, "play", 2),
     "between scores.csv and tensorboard": (Records, "_tags", 3),
     "at the switch": (toy_script, "save_checkpoint", 1),
-    "online": (toy_script, "store", 17),
     "before the results": (Clock, "report", 1),
     "after the results": (folder, "print_table", 1),
     "as checkpoints are removed": (shutil, "rmtree", 2),
@@ -138,7 +142,7 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_ends_as_if_it_had_not_been(moment, whole, tmp_path, capsys):
     config, workdir = toy_config(**ONLINE), tmp_path / "run"
-    if moment in ("while labelling", "as a checkpoint is written", "online"):
+    if moment in ("while labelling", "as a checkpoint is written"):
         config.checkpoint_minutes = 1e-9  # a checkpoint after every call
     kill(main, config, workdir, *MOMENTS[moment])
     main(config, str(workdir))
@@ -202,17 +206,16 @@ def test_an_earlier_run_is_set_aside_where_it_lies(tmp_path, capsys):
     seeds = [rows_of(disk / name)[0]["seed"] for name in ("run.1", "run.2", "run")]
     assert seeds == ["0", "5", "6"] and link.is_symlink()
     assert f"the earlier run in {disk}/run is now {disk}/run.2" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"holds a run with other settings than seed=0 \(there 6"):
-        main(toy_config(), str(link))
 
 
 def test_an_unfinished_run_resumes_with_its_own_data_and_script_only(tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     kill(main, toy_config(), workdir, toy_script, "play", 3)
     before = (workdir / "scores.csv").read_bytes()
+    others = replace(toy_script.DATA, fingerprint="1" * 16)
     wider = lambda config: toy_script.State(*(jnp.zeros((2, 9)),) * 6)
     for owner, name, other, words in (
-        (toy_script.Scores, "fingerprint", "1" * 16, "had other data or another offline run"),
+        (toy_script, "DATA", others, "had other data or another offline run"),
         (toy_script, "init", wider, "is of another script or version"),
     ):
         with monkeypatch.context() as patch, pytest.raises(InputError, match=words):
@@ -276,6 +279,26 @@ run.log(1, {"x": slow(jnp.ones((300, 300)))})
     assert "SIGINT: finishes the current step, then saves" in done.stderr
 
 
+def test_before_there_is_a_run_a_signal_ends_the_process():
+    stopping.catch_signals()
+    with pytest.raises(Stopped, match="SIGTERM"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        stopping.stop_if_told()  # where the first one was ignored
+
+
+def test_a_schedulers_handler_stays_and_other_threads_change_nothing():
+    scheduler = lambda *_: None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, scheduler)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(stopping.catch_signals).result()
+    assert signal.getsignal(signal.SIGINT) is scheduler
+    stopping.catch_signals()
+    assert signal.getsignal(signal.SIGINT) is not scheduler
+    assert signal.getsignal(signal.SIGTERM) is scheduler
+
+
 # ---------------------------------------------------------------------------------- divergence
 
 
@@ -335,28 +358,21 @@ def test_without_room_a_run_ends_and_resumes(size, whole, tmp_path, monkeypatch)
 # -------------------------------------------------------------------------- from an offline run
 
 
-def test_a_run_that_continues_another_one_resumes_from_that_one_only(whole, tmp_path):
-    offline, online = tmp_path / "offline", tmp_path / "online"
-    main(toy_config(), str(offline))
-    config = toy_config(offline_checkpoint=str(offline), **ONLINE)
-    kill(main, config, online, toy_script, "store", 17)
-    parent = (offline / "checkpoint.msgpack").read_bytes()
-    (offline / "checkpoint.msgpack").write_bytes(b"another run's")
-    with pytest.raises(InputError, match="had other data or another offline run: restore them"):
-        main(config, str(online))
-    (offline / "checkpoint.msgpack").write_bytes(parent)
-    main(config, str(online))
-    assert rows_of(online) == rows_of(whole)[6:]
-    assert_same_state(whole, online)
-
-
-def test_online_training_continues_from_its_offline_part_only(whole, tmp_path):
+def test_a_run_continues_and_resumes_from_the_offline_part_of_one_run_only(whole, tmp_path):
     """An online run's folder holds the checkpoint from the end of its offline part."""
     parent, online = tmp_path / "parent", tmp_path / "online"
     shutil.copytree(whole, parent)
     config = toy_config(offline_checkpoint=str(parent), **ONLINE)
+    kill(main, config, online, toy_script, "store", 17)
+    start = parent / "offline_checkpoint.msgpack"
+    content = start.read_bytes()
+    start.write_bytes(b"another run's")
+    with pytest.raises(InputError, match="had other data or another offline run: restore them"):
+        main(config, str(online))
+    start.write_bytes(content)
     main(config, str(online))
+    assert rows_of(online) == rows_of(whole)[6:]
     assert_same_state(whole, online)
-    os.remove(parent / "offline_checkpoint.msgpack")
+    start.unlink()
     with pytest.raises(InputError, match="was already trained online: name an offline run"):
         main(config, str(tmp_path / "new"))

@@ -139,6 +139,8 @@ def test_settings_vary_and_a_run_that_fails_is_named(project, tmp_path):
         ([*TASKS, "--", "--config.discount=2.0"], "ssar_td3bc, hopper-medium-v2: --config.disc"),
         ([*TASKS, "--parallel=2"], "each need more GPUs than CUDA_VISIBLE_DEVICES"),
         ([*TASKS, "--slurm", "gpu"], "such as partition=gpu, not gpu"),
+        ([*TASKS, "--vary", "n_end"], "such as n_end=2.0,3.0, not n_end"),
+        ([*TASKS, "--config.seed=1"], "--config.seed=1 is unknown: the settings of the runs fol"),
         ([*TASKS, "--cluster=slurm"], "SLURM is not on this machine"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from comparing import assert_same_state, kill, rows_of
+from comparing import assert_same, assert_same_state, kill, rows_of
 from toys import tiny_config, toy_columns, write_hdf5, write_settings
 
 import ssar_cql
@@ -108,14 +109,78 @@ def test_a_killed_offline_run_continues_online_to_the_same_end(whole, data, tmp_
     assert_same_state(online, workdir)
 
 
+# Runs a script, and notes what every online step met and the latest buffer.
+NOTING = """
+import importlib, json, sys
+import numpy as np
+from common.evaluation import Collector
+from common.run import Run
+from toys import tiny_config
+
+script, workdir, settings = sys.argv[1:]
+step, save = Collector.step, Run.save
+
+def noted_step(envs, actions):
+    outcome = step(envs, actions)
+    with open(workdir + ".met", "a") as file:
+        print(json.dumps([envs.steps, outcome.next_obs.tolist()]), file=file)
+    return outcome
+
+def noted_save(run, step, tree):
+    if hasattr(tree[-1], "rows"):
+        np.save(workdir + ".npy", tree[-1].rows.next_obs)
+    save(run, step, tree)
+
+Collector.step, Run.save = noted_step, noted_save
+main = importlib.import_module(script).main
+print("imported", flush=True)
+main(tiny_config(script=script, **json.loads(settings)), workdir)
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("online_steps", [0, 200])
 @pytest.mark.parametrize("script", ["ssar_td3bc", "ssar_cql"])
-def test_sigkill_at_random_moments(script):
-    """A short form of kill_runs.py: processes, offline with labelling, and online."""
-    command = [sys.executable, Path(__file__).parent / "kill_runs.py", "--kills=2", script]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("runs as without") == 2
+def test_sigkill_at_random_moments(script, online_steps, data, tmp_path):
+    """With labelling, the bits of a run that was not killed; online, no row lost or doubled."""
+    settings = {"dataset_path": data, "num_seeds": 2, "offline_steps": 300, "warmup_steps": 5}
+    settings |= {"selection": "return" if online_steps else "iql", "expectile": 0.3}
+    settings |= {"iql_steps": 1000, "updates_per_call": 10, "checkpoint_minutes": 0.001}
+    settings |= {"buffer_init": "half", "online_steps": online_steps}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+    def seconds(workdir, delay=None):
+        """How long a run takes after its imports; None if it was killed after `delay`."""
+        command = [sys.executable, "-c", NOTING, script, workdir, json.dumps(settings)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, env=env, **pipes)
+        process.stdout.readline()
+        began = time.perf_counter()
+        try:
+            _, err = process.communicate(timeout=delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return None
+        assert process.returncode == 0, err[-3000:]
+        return time.perf_counter() - began
+
+    seconds(tmp_path / "compiling")
+    whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(0)
+    longest = seconds(whole)
+    times = [seconds(run, rng.uniform(0.1, 0.5) * longest) for _ in range(2)]
+    assert times[0] is None  # it was killed
+    seconds(run)
+    if not online_steps:
+        return assert_same(whole, run)
+    met = dict(map(json.loads, Path(f"{run}.met").read_text().splitlines()))
+    assert sorted(met) == [*range(1, online_steps + 1)]
+    rows = np.stack([met[step] for step in sorted(met)], axis=1).astype(np.float32)
+    np.testing.assert_array_equal(np.load(f"{run}.npy"), rows)
+    place = lambda row: (row["phase"], row["step"], row["seed"])
+    assert [*map(place, rows_of(run))] == [*map(place, rows_of(whole))]
+    offline = lambda folder: [row for row in rows_of(folder) if row["phase"] == "offline"]
+    assert offline(run) == offline(whole)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.data.dataset import Dataset, Normalizer
 from common.run import InputError, Run, load_offline, prepare, save_checkpoint
 from configs import ssar_td3bc
 
@@ -28,20 +29,12 @@ class Buffer(NamedTuple):
     added: jax.Array  # []
 
 
-class Scores:
-    """The stub of a data set."""
-
-    rewards, returns = np.ones(6, np.float32), np.array([-3.0, -2.0])
-    episode_ends = np.array([0, 0, 1, 0, 0, 1], bool)
-    normalizer = SimpleNamespace(mean=np.zeros(2, np.float32), std=np.ones(2, np.float32))
-    env, physics, source = SimpleNamespace(id="Toy-v0"), "stock", "toy"
-    fingerprint, behaviour, unit = "0" * 16, -2.5, "return"
-
-    def score(self, value, success):
-        return value
-
-    def spread(self, row):
-        return row["return_std"]
+# Two episodes, of returns -3 and -2.
+COLUMN, REWARDS = np.zeros(6), np.array([-1, -1, -1, 0, -1, -1], np.float32)
+ENDS = np.array([0, 0, 1, 0, 0, 1], bool)
+NORMALIZER = Normalizer(np.zeros(2, np.float32), np.ones(2, np.float32))
+DATA = Dataset(COLUMN, COLUMN, REWARDS, COLUMN, COLUMN, ENDS, SimpleNamespace(id="Toy-v0"), "toy",
+               NORMALIZER, "0" * 16)  # fmt: skip
 
 
 def toy_config(**overrides):
@@ -129,10 +122,9 @@ def finetune(state, run, config, met):
 
 def main(config, workdir=None, resume=True, met=lambda *_: None):
     config, workdir = prepare(config, workdir, "toy_script", resume)
-    dataset = Scores()
-    run = Run("toy_script", workdir, config, dataset, resume)
+    run = Run("toy_script", workdir, config, DATA, resume)
     if config.offline_checkpoint:
-        state, trusted = load_offline(config, dataset, jax.eval_shape(partial(init, config)))
+        state, trusted = load_offline(config, DATA, jax.eval_shape(partial(init, config)))
     else:
         state, trusted = init(config), label(run, config)
         if not trusted.any():
@@ -140,8 +132,8 @@ def main(config, workdir=None, resume=True, met=lambda *_: None):
     if config.offline_steps and not config.offline_checkpoint:
         state = pretrain(state, run, config)
         if config.online_steps:
-            save_checkpoint(run.workdir, "offline_checkpoint", state, trusted, dataset)
+            save_checkpoint(run.workdir, "offline_checkpoint", state, trusted, DATA)
     if config.online_steps:
         state = finetune(state, run, config, met)
-    save_checkpoint(run.workdir, "checkpoint", state, trusted, dataset)
+    save_checkpoint(run.workdir, "checkpoint", state, trusted, DATA)
     return run.finish(np.array([-1, 12]), trusted)
