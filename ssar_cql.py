@@ -353,10 +353,7 @@ def select_by_advantage(state, data):
 
 
 def critic_loss(params, state, batch, noise, distribution, weight, config):
-    """TD error of both critics, and CQL's regulariser weighted by `weight` [B].
-
-    distribution: π(·|s) before the actor's step, as μ and log σ, [B, A] each.
-    """
+    """TD error, and CQL's regulariser times `weight` [B]. distribution: π(·|s) before its step."""
     next_distribution = actor(state.actor, batch.next_obs)
     next_action, next_log_prob = sample(next_distribution, noise.target_action)  # [B, M, A], [B, M]
     next_q = critics(state.target_critic, batch.next_obs, next_action).min(axis=0)  # [B, M]
@@ -368,8 +365,10 @@ def critic_loss(params, state, batch, noise, distribution, weight, config):
     actions, log_prob = scored_actions(distribution, next_distribution, batch, noise)
     if config.block_size:  # the same result as below, faster on a CPU
         q = critics(params, batch.obs, batch.action)  # [2, B]
+        score = lambda params, obs, actions, *weights: weighted_regulariser(
+            critics(params, obs, actions), *weights, config
+        )
         inputs = (batch.obs, actions, log_prob, weight)
-        score = partial(block_regulariser, config)
         penalty = sum_in_blocks(score, config.block_size, params, inputs)
     else:
         scores = critics(params, batch.obs, actions)
@@ -393,11 +392,6 @@ def scored_actions(distribution, next_distribution, batch, noise):
     actions = [batch.action[:, None], noise.random_action, next_action, action]
     log_probs = [uniform_log_prob, next_log_prob, log_prob]
     return jnp.concatenate(actions, axis=1), jnp.concatenate(log_probs, axis=1)
-
-
-def block_regulariser(config, params, obs, actions, log_prob, weight):
-    """weighted_regulariser of one block: [b, O], [b, 1 + 3K, A], [b, 3K], [b] -> []."""
-    return weighted_regulariser(critics(params, obs, actions), log_prob, weight, config)
 
 
 def weighted_regulariser(q, log_prob, weight, config):
@@ -675,6 +669,16 @@ def modify_reward(reward, config):
     return config.reward_scale * reward + np.float32(config.reward_bias)
 
 
+def scale_sparse_rewards(config, rewards):
+    """config with the scale and bias that turn recorded rewards of two values into -5 and 5."""
+    values, is_unscaled = np.unique(rewards), (config.reward_scale, config.reward_bias) == (1, 0)
+    if not (config.scale_sparse_rewards and is_unscaled and len(values) == 2):
+        return config
+    scale = 10 / float(values[1] - values[0])
+    bias = -5 - scale * float(values[0])
+    return type(config)({**config, "reward_scale": scale, "reward_bias": bias})
+
+
 def update_keys(key, step):
     """The keys of update `step`, for its batch and its noise, whatever updates_per_call is."""
     return jax.random.split(jax.random.fold_in(key, step))
@@ -922,6 +926,7 @@ def main(config, workdir=None, resume=True):
     keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.num_seeds)])
 
     # --- the data, and for each seed its state and the transitions that it trusts ---
+    config = scale_sparse_rewards(config, dataset.rewards)
     data = make_transitions(dataset, config)
     sizes = {"obs_dim": data.obs.shape[1], "action_dim": data.action.shape[1]}
     init = partial(jax.lax.map, partial(init_state, **sizes, config=config))  # each as if alone

@@ -50,6 +50,8 @@ def defaults():
     c.normalize_observations = True
     c.reward_scale = 1.0
     c.reward_bias = 0.0
+    # rewards of two values become -5 and 5, as in AntMaze, unless they are scaled or shifted above
+    c.scale_sparse_rewards = True
 
     # the run
     c.seed = 0
@@ -128,7 +130,7 @@ def get_config(task="demo"):
     if task == "custom":
         return c
     if task == "ogbench":
-        c.task, c.selection = task, "iql"
+        c.task, c.selection, c.scale_sparse_rewards = task, "iql", False
         c.hidden_dims, c.critic_layers = (512,) * 4, (4, 4)
         c.eval_interval, c.eval_episodes = 50_000, 50
         return c

@@ -99,8 +99,10 @@ def load_run(folder: Path):
     dataset = load_dataset(SimpleNamespace(**settings))
     if dataset.fingerprint != saved["fingerprint"] or not len(dataset.rewards):
         raise InputError(f"{folder} was trained on other data than {dataset.source}, or on none")
-    config = ml_collections.FrozenConfigDict(settings)
-    return importlib.import_module(name), config, dataset, saved
+    module, config = importlib.import_module(name), ml_collections.FrozenConfigDict(settings)
+    if hasattr(module, "scale_sparse_rewards"):
+        config = module.scale_sparse_rewards(config, dataset.rewards)
+    return module, config, dataset, saved
 
 
 def analyse(module, config, dataset, saved, i: int):

@@ -128,3 +128,23 @@ def test_actor_and_critics_start_as_the_authors_do():
         kernel, last = params["Dense_1"]["kernel"], params[f"Dense_{depth}"]["kernel"]
         np.testing.assert_allclose(kernel.T @ kernel, 2 * np.eye(64), atol=1e-4)
         np.testing.assert_allclose(jnp.linalg.norm(last), 0.01, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize(
+    ("rewards", "given", "expected"),
+    [
+        ([0, 1, 0], {}, [-5, 5, -5]),
+        ([-1, 0, -1], {}, [-5, 5, -5]),
+        ([0, 1, 2], {}, [0, 1, 2]),
+        ([1, 1, 1], {}, [1, 1, 1]),
+        ([0, 1, 0], {"reward_bias": -1.0}, [-1, 0, -1]),
+        ([0, 1, 0], {"scale_sparse_rewards": False}, [0, 1, 0]),
+    ],
+)
+def test_rewards_of_two_values_are_scaled_unless_settings_say_how(rewards, given, expected):
+    rewards, config = np.float32(rewards), settings(ssar, **given)
+    learned = ssar.modify_reward(rewards, ssar.scale_sparse_rewards(config, rewards))
+    np.testing.assert_allclose(learned, expected, atol=1e-6)
