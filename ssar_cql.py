@@ -288,7 +288,7 @@ def select_by_success(rewards, ends, fail_reward):
 
 
 class IQLState(NamedTuple):
-    """Implicit Q-learning, to label D̂ alone; batch size, γ and target rate are the script's."""
+    """Implicit Q-learning, only to label D̂, with the script's batch size, γ and target rate."""
 
     value: dict
     critic: dict  # both critics, stacked
@@ -365,9 +365,7 @@ def critic_loss(params, state, batch, noise, distribution, weight, config):
     actions, log_prob = scored_actions(distribution, next_distribution, batch, noise)
     if config.block_size:  # the same result as below, faster on a CPU
         q = critics(params, batch.obs, batch.action)  # [2, B]
-        score = lambda params, obs, actions, *weights: weighted_regulariser(
-            critics(params, obs, actions), *weights, config
-        )
+        score = lambda p, s, a, *rest: weighted_regulariser(critics(p, s, a), *rest, config)
         inputs = (batch.obs, actions, log_prob, weight)
         penalty = sum_in_blocks(score, config.block_size, params, inputs)
     else:
@@ -669,14 +667,16 @@ def modify_reward(reward, config):
     return config.reward_scale * reward + np.float32(config.reward_bias)
 
 
-def scale_sparse_rewards(config, rewards):
+def scale_sparse_rewards(config, rewards, terminals):
     """config with the scale and bias that turn recorded rewards of two values into -5 and 5."""
-    values, is_unscaled = np.unique(rewards), (config.reward_scale, config.reward_bias) == (1, 0)
-    if not (config.scale_sparse_rewards and is_unscaled and len(values) == 2):
+    given = config.reward_scale, config.reward_bias, config.return_threshold
+    values = [*map(float, np.unique(rewards))]
+    is_sparse = len(values) == 2 and (rewards[terminals] == values[1]).all()  # failing pays no more
+    if not config.scale_sparse_rewards or given != (1, 0, None) or not is_sparse:
         return config
-    scale = 10 / float(values[1] - values[0])
-    bias = -5 - scale * float(values[0])
-    return type(config)({**config, "reward_scale": scale, "reward_bias": bias})
+    scale = 10 / (values[1] - values[0])
+    print(f"rewards {values[0]:g} and {values[1]:g} become -5 and 5", flush=True)
+    return type(config)({**config, "reward_scale": scale, "reward_bias": -5 - scale * values[0]})
 
 
 def update_keys(key, step):
@@ -926,7 +926,7 @@ def main(config, workdir=None, resume=True):
     keys = jnp.stack([jax.random.key(config.seed + i) for i in range(config.num_seeds)])
 
     # --- the data, and for each seed its state and the transitions that it trusts ---
-    config = scale_sparse_rewards(config, dataset.rewards)
+    config = scale_sparse_rewards(config, dataset.rewards, dataset.terminals)
     data = make_transitions(dataset, config)
     sizes = {"obs_dim": data.obs.shape[1], "action_dim": data.action.shape[1]}
     init = partial(jax.lax.map, partial(init_state, **sizes, config=config))  # each as if alone

@@ -223,7 +223,7 @@ def select_by_success(rewards, ends, fail_reward):
 
 
 class IQLState(NamedTuple):
-    """Implicit Q-learning, to label D̂ alone; batch size, γ and target rate are the script's."""
+    """Implicit Q-learning, only to label D̂, with the script's batch size, γ and target rate."""
 
     value: dict
     critic: dict  # both critics, stacked

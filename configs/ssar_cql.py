@@ -50,8 +50,7 @@ def defaults():
     c.normalize_observations = True
     c.reward_scale = 1.0
     c.reward_bias = 0.0
-    # rewards of two values become -5 and 5, as in AntMaze, unless they are scaled or shifted above
-    c.scale_sparse_rewards = True
+    c.scale_sparse_rewards = False  # rewards of two values to -5 and 5, if only success ends a task
 
     # the run
     c.seed = 0
@@ -128,9 +127,10 @@ def get_config(task="demo"):
         raise ValueError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
     c = defaults()
     if task == "custom":
+        c.scale_sparse_rewards = True  # as the authors do for AntMaze; see experiments/
         return c
     if task == "ogbench":
-        c.task, c.selection, c.scale_sparse_rewards = task, "iql", False
+        c.task, c.selection = task, "iql"
         c.hidden_dims, c.critic_layers = (512,) * 4, (4, 4)
         c.eval_interval, c.eval_episodes = 50_000, 50
         return c

@@ -101,7 +101,7 @@ def load_run(folder: Path):
         raise InputError(f"{folder} was trained on other data than {dataset.source}, or on none")
     module, config = importlib.import_module(name), ml_collections.FrozenConfigDict(settings)
     if hasattr(module, "scale_sparse_rewards"):
-        config = module.scale_sparse_rewards(config, dataset.rewards)
+        config = module.scale_sparse_rewards(config, dataset.rewards, dataset.terminals)
     return module, config, dataset, saved
 
 

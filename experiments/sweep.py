@@ -267,7 +267,7 @@ def compare_over_tasks(runs):
     scores = collections.defaultdict(lambda: collections.defaultdict(list))
     for run in runs if all(run.is_finished() for run in runs) else ():
         results = json.loads((run.folder / run.name / "results.json").read_text())
-        if not results["normalised"]:  # raw returns of different tasks have no common mean
+        if results["unit"] == "return":  # raw returns of different tasks have no common mean
             return
         data = [x for x in run.varied if x.startswith("--config.dataset=")]
         words = [x.removeprefix("--config.") for x in run.varied if x not in data]

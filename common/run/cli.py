@@ -152,9 +152,10 @@ def load_config(name: str, file: str | None, settings: list[str]):
         saved = load_settings(given["offline_checkpoint"])
         with explained("--config.offline_checkpoint has other settings", "use that run's script"):
             config.update({field: value for field, value in saved.items() if field in config})
-    elif not file and given.get("dataset", config.dataset) != config.dataset:
-        custom = f"--config=configs/{name}.py:custom"
-        print(f"note: the settings are the demo's; those for other data: {custom}", flush=True)
+    elif not file and given.get("dataset", given.get("dataset_path") or "demo") != "demo":
+        task = given["dataset"] if given.get("dataset") in module.get("TASKS", ()) else "custom"
+        fix = f"for these data give --config=configs/{name}.py:{task}"
+        print(f"note: the settings are the demo's; {fix}", flush=True)
     config.update(given)
     scale_settings(config, given)
     return config

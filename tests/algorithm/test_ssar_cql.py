@@ -140,11 +140,15 @@ def test_actor_and_critics_start_as_the_authors_do():
         ([-1, 0, -1], {}, [-5, 5, -5]),
         ([0, 1, 2], {}, [0, 1, 2]),
         ([1, 1, 1], {}, [1, 1, 1]),
+        ([1, 0, 0], {}, [1, 0, 0]),  # a failure ends the episode: -5 a step would reward it
         ([0, 1, 0], {"reward_bias": -1.0}, [-1, 0, -1]),
+        ([0, 1, 0], {"return_threshold": 0.5}, [0, 1, 0]),
         ([0, 1, 0], {"scale_sparse_rewards": False}, [0, 1, 0]),
     ],
 )
 def test_rewards_of_two_values_are_scaled_unless_settings_say_how(rewards, given, expected):
-    rewards, config = np.float32(rewards), settings(ssar, **given)
-    learned = ssar.modify_reward(rewards, ssar.scale_sparse_rewards(config, rewards))
+    rewards, ends = np.float32(rewards), np.array([False, True, False])
+    config = settings(ssar, **{"scale_sparse_rewards": True, "return_threshold": None} | given)
+    config = ssar.scale_sparse_rewards(config, rewards, ends)
+    learned = ssar.modify_reward(rewards, config)
     np.testing.assert_allclose(learned, expected, atol=1e-6)

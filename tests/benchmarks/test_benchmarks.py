@@ -8,20 +8,80 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
-sys.path.insert(0, BENCHMARKS)
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import compile_for  # noqa: E402
 import speed  # noqa: E402
 
+# The command with tiny networks. Before each row, the file must hold all earlier ones.
+TINY = """
+import json, sys
+
+folder, cases, absent = (sys.argv.pop(1) for _ in range(3))
+sys.path.insert(0, folder)
+sys.modules |= dict.fromkeys(absent.split())  # cannot be imported
+import speed
+
+tiny = {"hidden_dims": (16, 16), "coefficient_hidden_dims": (16,)}
+for case, (script, settings, changes) in [*speed.CASES.items()]:
+    del speed.CASES[case]
+    if case in cases.split():
+        speed.CASES[case] = script, settings, changes | tiny
+speed.ROUNDS, speed.CALL_GFLOP = 3, {"cpu": 0.01}
+speed.GROWTH |= {"data": (500,), "batch": (512,), "actions": (4,)}
+speed.DIMS = dict.fromkeys(speed.DIMS, ("Hopper-v4", 11, 3))  # its episodes are short
+measure, measured = speed.measure, []
+
+def measure_after_saving(setup):
+    if "--out=speed.json" in sys.argv:
+        assert json.load(open("speed.json"))["rows"] == measured
+    measured.append(measure(setup))
+    return measured[-1]
+
+speed.measure = measure_after_saving
+speed.main()
+"""
 CASES = [*speed.CASES]
 PRINTED = (
     r"(\w+) +(\d+) +(\d+) +(\d+) +(\d+) (float32|bfloat16) +[\d.]+ +[\d.]+-[\d.]+ .* s +\d+ .*"
 )
+
+
+def run_tiny(folder, form, cases, absent=""):
+    """Runs `speed.py <form>`; returns the printed lines, and (case, seeds) of the rows in them."""
+    arguments = str(ROOT / "benchmarks"), " ".join(cases), absent, *form.split()
+    command = [sys.executable, "-c", TINY, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    rows = [match.groups() for match in map(re.compile(PRINTED).fullmatch, lines) if match]
+    return lines, [(case, int(seeds)) for case, seeds, *_ in rows]
+
+
+@pytest.mark.slow
+def test_speed_needs_few_packages_and_saves_each_row_before_the_next(tmp_path):
+    absent = """common.run common.data common.envs common.evaluation gymnasium mujoco minari h5py
+        matplotlib tensorboardX tqdm filelock huggingface_hub PIL"""
+    lines, rows = run_tiny(tmp_path, "--out=speed.json --csv=speed.csv", CASES, absent)
+    assert lines[0].startswith("device: 1 x cpu")
+    assert lines[-1].startswith("environments are left out: ")
+    assert rows == [(case, 1) for case in CASES]
+    report = json.loads((tmp_path / "speed.json").read_text())
+    table = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    for kept in report["rows"], table:
+        assert [(row["algorithm"], int(row["seeds"])) for row in kept] == rows
+    for case in CASES:
+        for key in ("matmul_ratio", "updates_per_second", "compile_seconds"):
+            assert report[case][key] > 0
+
+
 # Every form that the documentation shows, and the number of seeds in each of its rows.
 FORMS = {
     "": [1],
+    "--updates-only": [1],
     "--out=speed.json --csv=speed.csv --updates-only": [1],
     "--seeds 1 8 32 --dims=ant --precision=bfloat16": [1, 8, 32],
     "--growth": [1],
@@ -30,38 +90,16 @@ GROWN = [("td3bc", seeds) for seeds in (1, 2, 8, 1, 1)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_every_documented_form_runs_to_its_end(form, tmp_path, monkeypatch, capsys):
-    """With tiny networks; --updates-only is in another one."""
-    names = CASES if "--out" in form else ("td3bc",) if form else ("td3bc", "cql")
-    tiny = {"hidden_dims": (16, 16), "coefficient_hidden_dims": (16,)}
-    cases = {name: (*speed.CASES[name][:2], speed.CASES[name][2] | tiny) for name in names}
-    sizes = speed.GROWTH | {"data": (500,), "batch": (512,), "actions": (4,)}
-    dims = dict.fromkeys(speed.DIMS, ("Hopper-v4", 11, 3))  # its episodes are short
-    changes = {"CASES": cases, "GROWTH": sizes, "DIMS": dims, "ROUNDS": 3}
-    for name, value in (changes | {"CALL_GFLOP": {"cpu": 0.01}}).items():
-        monkeypatch.setattr(speed, name, value)
-    monkeypatch.chdir(tmp_path)
-    speed.main(form.split())
-    lines = capsys.readouterr().out.splitlines()
-    matches = filter(None, map(re.compile(PRINTED).fullmatch, lines))
-    rows = [(match[1], int(match[2])) for match in matches]
-    base = [(case, seeds) for seeds in FORMS[form] for case in names]
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "--updates-only"])
+def test_every_documented_form_runs_to_its_end(tmp_path, form):
+    """--updates-only is in another one."""
+    cases = ("td3bc",) if form else ("td3bc", "cql")
+    lines, rows = run_tiny(tmp_path, form, cases)
+    base = [(case, seeds) for seeds in FORMS[form] for case in cases]
     assert rows == base + GROWN * ("--growth" in form)
     found = [line for line in lines if "evaluation_share 0." in line]
     assert len(found) == (0 if "--updates-only" in form else 2)
-    if "--out" in form:
-        report = json.loads(Path("speed.json").read_text())
-        for kept in report["rows"], list(csv.DictReader(open("speed.csv"))):
-            assert [(row["algorithm"], int(row["seeds"])) for row in kept] == rows
-            assert min(float(row["matmul_ratio"]) for row in kept) > 0
-
-
-def test_speed_needs_few_packages():
-    absent = """common.run common.data common.envs common.evaluation gymnasium mujoco minari h5py
-        matplotlib tensorboardX tqdm filelock huggingface_hub PIL""".split()
-    code = f"import sys; sys.path.append({BENCHMARKS!r}); sys.modules |= dict.fromkeys({absent})"
-    subprocess.run([sys.executable, "-c", f"{code}; import speed"], check=True)
+    assert (tmp_path / "speed.csv").exists() == ("--csv" in form)
 
 
 def test_the_arithmetic_of_an_update_at_the_papers_sizes():
@@ -72,6 +110,19 @@ def test_the_arithmetic_of_an_update_at_the_papers_sizes():
     expected = {"td3bc": 0.82, "cql": 14.47, "td3bc_plain": 0.41, "cql_plain": 13.65}
     expected["cql_trusted37"] = expected["cql"]  # what is skipped counts as done
     assert {case: round(gflop(case), 2) for case in CASES} == expected
+
+
+def test_kernels_copies_and_bytes_are_counted_inside_the_loop():
+    """A CPU's program has three kernels in its loop: the product, tanh and the counter."""
+    loop = lambda w, x: jax.lax.fori_loop(0, 10, lambda _, w: jnp.tanh(w @ x), w)
+    program, w = jax.jit(loop), jnp.ones((64, 64))
+    counts = compile_for.examine(program, (w, w), 1, w.sharding)
+    inside = {"kernels": 3, "state_copies": 0, "bytes": 5 * w.nbytes + 3 * 4}
+    assert counts.items() >= inside.items()
+    computations, entry = compile_for.parse(program.lower(w, w).compile().as_text())
+    whole = compile_for.count(computations, entry, {"f32[64,64]"})  # copies w and the counter
+    assert whole["bytes"] == 10 * inside["bytes"] + 2 * (w.nbytes + 4)
+    assert (whole["kernels"], whole["state_copies"]) == (10 * 3 + 2, 1)
 
 
 # What waits for the host or moves data there: operations, custom calls, and marks on arguments.

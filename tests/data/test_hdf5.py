@@ -11,6 +11,7 @@ from toys import toy_columns
 
 from common.data.d4rl import TASKS, reference_of
 from common.data.hdf5 import REPLACE
+from common.envs.make import env_spec
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals")
 
@@ -64,6 +65,13 @@ def test_scores_follow_the_user_the_data_or_the_environment(tmp_path):
     assert reference_of({"ref_min_score": 0.0, "ref_max_score": None}, "Hopper-v5") is None
     assert reference_of(own | {"ref_max_score": -1}, "Ant-v4") is None
     assert load(write(tmp_path, toy_columns(60), **own), reference=(-10.0, 0.0)).score(-1.0) == 90
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_every_task_of_d4rl_has_an_environment(task):
+    assert env_spec(task.env_id, task.name).id == task.env_id
+    # The mirror's pinned revision holds no mazes.
+    assert (task.revision == "main") == task.name.startswith("antmaze")
 
 
 def test_a_file_may_be_named_as_the_data_set(tmp_path, monkeypatch):

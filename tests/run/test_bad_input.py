@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -107,6 +108,7 @@ TABLE = {
     "a tuple that is none": (field(hidden_dims=256), "of type tuple, such as 16,16"),
     "a negative length": (field(offline_steps=-10), "offline_steps=-10 must be at least 0"),
     "a float for an int": (field(offline_steps="1.5"), "offline_steps=1.5 must be of type int"),
+    "no truth value": (field(loosen_bound="no"), "loosen_bound=no must be of type bool"),
     "a text for a truth": ("--config={folder}/text.py", "has a value of a wrong type (TypeError"),
     "a file that fails": ("--config={folder}/fails.py", "loaded (ModuleNotFoundError: No mod"),
     "no settings file": ("--config=configs/none.py", "=configs/<script>.py:<task>"),
@@ -200,14 +202,22 @@ def test_too_little_memory_or_disk_is_one_sentence(words, command, monkeypatch):
     assert status == 1 and err.startswith(f"ssar_cql: {words}") and err.count("\n") == 1
 
 
-def test_output_never_decides_about_the_run():
-    """A full disk, a reader that leaves, one of ASCII, and no output; nor as Python ends."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    ascii_only = open(os.devnull, "w", encoding="ascii")
-    for stream in (open("/dev/full", "w"), open(writer, "w"), ascii_only, None):
-        output = cli.Output(stream)
-        for _ in range(2):
-            print("β", "a text for the buffer", file=output, flush=True)
-        if stream:
-            stream.close()
+OUTPUTS = {
+    "a full disk": "{command} >/dev/full 2>&1",
+    "no output": "{command} >&- 2>&-",
+    "a reader that leaves": "{command} | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}",
+    "a reader of ASCII": "PYTHONIOENCODING=ascii {command}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_output_never_decides_about_the_run(output, folder):
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    env.pop("PYTHONUNBUFFERED", None)
+    workdir = folder / f"β_{output.replace(' ', '_')}"
+    command = f"{sys.executable} {ROOT}/ssar_td3bc.py --config={folder}/ssar_td3bc.py --workdir="
+    line = OUTPUTS[output].format(command=f"{command}{workdir}")
+    done = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and (workdir / "results.json").exists(), done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr

@@ -38,7 +38,7 @@ def main(config, workdir, resume):
     with open(f"{workdir}/scores.csv", "w") as file:
         for row in ("phase,step,seed,score,n", *(f"offline,9,{x},{x},1" for x in seeds)):
             print(row, file=file)
-    results = {"algorithm": NAME, "behaviour": [0.0] * len(seeds), "normalised": True}
+    results = {"algorithm": NAME, "behaviour": [0.0] * len(seeds), "unit": "normalised score"}
     results["mean_last_10"] = [(x + (config.task[0] == "w")) ** 2 for x in seeds]
     results["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     for name, content in ("config", config.to_dict()), ("results", results):
