@@ -37,7 +37,7 @@ DIFFERENT = set(
     """
     Noise TrainState actor critic critics critic_loss actor_loss log_likelihood_margin
     init_state sample_noise update_step train_interval act explore online_update finetune
-    make_transitions
+    make_transitions main
     """.split()
 )
 

@@ -164,7 +164,7 @@ def test_other_data_with_the_demos_settings_are_noted(capsys):
     load_config("ssar_td3bc", file, flags)
     assert not capsys.readouterr().out  # asked for
     load_config("ssar_td3bc", None, flags)
-    assert "for other data: --config=configs/ssar_td3bc.py:custom" in capsys.readouterr().out
+    assert "for these data give --config=configs/ssar_td3bc.py:custom" in capsys.readouterr().out
 
 
 def test_a_settings_file_may_name_a_few_fields(tmp_path):
