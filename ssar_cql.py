@@ -671,7 +671,7 @@ def scale_sparse_rewards(config, rewards, terminals):
     """config with the scale and bias that turn recorded rewards of two values into -5 and 5."""
     given = config.reward_scale, config.reward_bias, config.return_threshold
     values = [*map(float, np.unique(rewards))]
-    is_sparse = len(values) == 2 and (rewards[terminals] == values[1]).all()  # failing pays no more
+    is_sparse = len(values) == 2 and (rewards[terminals] == values[1]).all()  # only success ends it
     if not config.scale_sparse_rewards or given != (1, 0, None) or not is_sparse:
         return config
     scale = 10 / (values[1] - values[0])
