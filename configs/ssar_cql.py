@@ -50,7 +50,8 @@ def defaults():
     c.normalize_observations = True
     c.reward_scale = 1.0
     c.reward_bias = 0.0
-    c.scale_sparse_rewards = False  # rewards of two values to -5 and 5, if only success ends a task
+    # turns rewards of two values into -5 and 5 if only success ends an episode
+    c.scale_sparse_rewards = False
 
     # the run
     c.seed = 0
