@@ -146,7 +146,8 @@ def compare(folders: list[Path], picture: Path) -> list[list]:
     """Draws the runs, prints a table and returns its rows. Raises SystemExit with one sentence."""
     runs = pool([read_run(folder) for folder in folders])
     table = [summarise(run, label_of(run, runs)) for run in runs]
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    size = 7.5, 3.8 + 0.22 * len(runs)  # each run adds a line to the legend
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     for i, (run, (label, *_)) in enumerate(zip(runs, table, strict=True)):
         draw(axis, run, label, f"C{i}")
