@@ -45,6 +45,7 @@ IN_FLOAT32 = [path for path in CASES if not path.stem.endswith(SCHEDULES)]
 def golden_config(ssar, hp, dtype):
     """Our settings for a case's hyper-parameters."""
     config = importlib.import_module(f"configs.{ssar.__name__}").get_config("custom")
+    config.actor_lr_decay = False
     for theirs, value in hp.items():
         name = RENAMED.get(theirs, theirs if theirs in config else theirs.removeprefix("cql_"))
         if name in config:

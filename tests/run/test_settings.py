@@ -168,7 +168,7 @@ def test_other_data_with_the_demos_settings_are_noted(capsys):
 
 
 def test_a_settings_file_may_name_a_few_fields(tmp_path):
-    """The others are the paper's, as in task custom."""
+    """The others are those of task custom."""
     (tmp_path / "my.py").write_text("def get_config(): return {'n_end': 2, 'dataset': 'a.hdf5'}")
     config = load_config("ssar_cql", f"{tmp_path}/my.py", ["--config.cql_alpha=5.0"])
     expected = ssar_cql.get_config("custom")
