@@ -516,7 +516,7 @@ def optimizers(config, step=None):
     clip = optax.stateless(lambda grads, _: optax.tree.scale(factor(grads), grads))
     beta_adam = optax.chain(clip, optax.adam(config.coefficient_lr))
     actor_lr = config.actor_lr
-    if config.actor_lr_decay and step is not None:  # offline: from 1 to 0 at update offline_steps
+    if config.actor_lr_decay and step is not None:  # offline; reaches 0 at update offline_steps
         actor_lr *= 0.5 + 0.5 * jnp.cos(jnp.minimum(jnp.pi * step / config.offline_steps, jnp.pi))
     return optax.adam(actor_lr), optax.adam(config.critic_lr), beta_adam
 

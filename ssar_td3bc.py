@@ -23,8 +23,8 @@ The code drops 1/(2σ²), averages over dimensions, and caps (π(s) - a)² at 1:
             targets: 0.005 new + 0.995 old
     online, after every environment step with a = π(s):
         store (s, a, r, s', d) as trusted; after warmup_steps, one update as above on offline and
-        online transitions, with new_policy_freq for policy_freq. φ and n are frozen, and β_φ is
-        multiplied by a factor that falls from 1 to 0 in N_end updates
+        online transitions, with new_policy_freq instead of policy_freq. φ and n are frozen, and
+        β_φ is multiplied by a factor that falls from 1 to 0 in N_end updates
 
     symbol  config field         authors' name  paper     meaning
     β_φ     coefficient          ParaNet, beta  Eq. 5, 9  adaptive: a network; fixed: β_init
@@ -349,7 +349,7 @@ def optimizers(config, step=None):
     clip = optax.stateless(lambda grads, _: optax.tree.scale(factor(grads), grads))
     beta_adam = optax.chain(clip, optax.adam(config.coefficient_lr))
     actor_lr = config.actor_lr
-    if config.actor_lr_decay and step is not None:  # offline: from 1 to 0 at update offline_steps
+    if config.actor_lr_decay and step is not None:  # offline; reaches 0 at update offline_steps
         actor_lr *= 0.5 + 0.5 * jnp.cos(jnp.minimum(jnp.pi * step / config.offline_steps, jnp.pi))
     return optax.adam(actor_lr), optax.adam(config.critic_lr), beta_adam
 

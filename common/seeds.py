@@ -12,7 +12,7 @@ GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 class Seeds:
     """Runs functions that are written for one seed for `count` seeds at once.
 
-    The seeds are spread over as many local devices as share them evenly. They exchange nothing.
+    The seeds are spread evenly over the local devices, or over some of them.
     """
 
     def __init__(self, count: int):

@@ -75,7 +75,7 @@ def defaults():
     c.discount = 0.99
     c.target_update_rate = 0.005
     c.actor_lr = 3e-5
-    c.actor_lr_decay = False  # offline, to 0 along a cosine, α's rate too; online both are constant
+    c.actor_lr_decay = False  # offline: to 0 along a cosine, as is α's rate; online: constant
     c.critic_lr = 3e-4
     c.hidden_dims = (256, 256, 256)
     c.critic_layers = (3, 3)  # hidden layers of each critic, as wide as the actor's

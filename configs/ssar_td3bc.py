@@ -79,7 +79,7 @@ def defaults():
     c.discount = 0.99
     c.target_update_rate = 0.005
     c.actor_lr = 3e-4
-    c.actor_lr_decay = False  # offline, to 0 along a cosine; online it is constant
+    c.actor_lr_decay = False  # offline: to 0 along a cosine; online: constant
     c.critic_lr = 3e-4
     c.hidden_dims = (256, 256)
     c.policy_noise = 0.2  # standard deviation of the noise on the target action

@@ -98,7 +98,7 @@ def load_run(folder: Path):
     settings = importlib.import_module(f"configs.{name}").get_config().to_dict() | settings
     dataset = load_dataset(SimpleNamespace(**settings))
     if dataset.fingerprint != saved["fingerprint"] or not len(dataset.rewards):
-        raise InputError(f"{folder} was trained on other data than {dataset.source}, or on none")
+        raise InputError(f"{folder} was not trained on {dataset.source}: restore its data, if any")
     module, config = importlib.import_module(name), ml_collections.FrozenConfigDict(settings)
     if hasattr(module, "scale_sparse_rewards"):
         config = module.scale_sparse_rewards(config, dataset.rewards, dataset.terminals)

@@ -119,7 +119,7 @@ def parse(argv):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(needed))))
     args.visible = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
     if args.cluster == "local" and args.visible and needed > len(args.visible):
-        parser.error("--parallel runs with --gpus each need more GPUs than CUDA_VISIBLE_DEVICES")
+        parser.error(f"--parallel x --gpus = {needed} is more than CUDA_VISIBLE_DEVICES={visible}")
     for field in ("seeds", "seeds_per_run", "parallel"):
         if getattr(args, field) < 1:
             parser.error(f"--{field.replace('_', '-')} must be at least 1")

@@ -40,7 +40,7 @@ def load_environment(settings: dict, data: dict):
         try:
             return load_dataset(SimpleNamespace(**settings))
         except InputError as error:
-            print(f"warning: takes {data['env']} as registered, because {error}", file=sys.stderr)
+            print(f"warning: uses {data['env']} as registered, because {error}", file=sys.stderr)
     settings |= {"dataset": None, "dataset_path": None}
     settings |= {"env": settings["env"] or data["env"], "physics": data["physics"]}
     return load_dataset(SimpleNamespace(**settings))
@@ -79,8 +79,10 @@ def watch(folder: Path, out: Path, seed: int | None = None, episodes: int = 1) -
     results = json.loads((folder / "results.json").read_text())
     name, seeds = results["algorithm"], results["seeds"]
     seed = seeds[0] if seed is None else seed
-    if seed not in seeds or not (ROOT / f"{name}.py").exists():
-        raise InputError(f"{folder} is of script {name} and seeds {seeds}: choose among these")
+    if seed not in seeds:
+        raise InputError(f"--seed={seed} is not in {folder}: choose one of {seeds}")
+    if not (ROOT / f"{name}.py").exists():
+        raise InputError(f"{folder} was trained by {name}.py, which is missing: restore it")
     actor_params = jax.tree.map(lambda x: x[seeds.index(seed)], saved["state"]["actor"])
     act = jax.jit(importlib.import_module(name).act)
     defaults = importlib.import_module(f"configs.{name}").get_config().to_dict()
@@ -113,9 +115,9 @@ if __name__ == "__main__":
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--seed", type=int, help="of the run (its first)")
-    parser.add_argument("--episodes", type=int, default=1, help="how many (1)")
-    parser.add_argument("--out", type=Path, help="the video (<run>/policy.mp4)")
+    parser.add_argument("--seed", type=int, help="one of the run's seeds, by default its first")
+    parser.add_argument("--episodes", type=int, default=1, help="how many to film, by default 1")
+    parser.add_argument("--out", type=Path, help="the video, by default <run>/policy.mp4")
     args = parser.parse_args()
     for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
         if find_library(library):

@@ -51,7 +51,8 @@ def from_dict(like, content: dict, what: str):
     try:
         return jax.tree.map(fit, like, serialization.from_state_dict(like, content))
     except ValueError as error:
-        raise InputError(f"{what} is of another script or version ({brief(error)})") from None
+        what = f"{what} is of another script or version ({brief(error)})"
+        raise InputError(f"{what}: use those that wrote it") from None
 
 
 def _is_key(x):
@@ -72,7 +73,7 @@ def load_newest(folder: str, phase: str = "*") -> dict | None:
             return serialization.msgpack_restore(_read(path))
         except OSError as error:
             os.replace(path, f"{path}.broken")
-            what = f"{path} is broken ({error.strerror}): using the one before"
+            what = f"{path} is broken ({error.strerror}): using the one before it, if any"
             print(f"warning: {what}", file=sys.stderr)
     return None
 
@@ -101,7 +102,7 @@ def load_offline(config, dataset, like):
     flag = f"--config.offline_checkpoint={config.offline_checkpoint}"
     saved = load_checkpoint(config.offline_checkpoint, _offline_path(config).stem)
     if saved["fingerprint"] != dataset.fingerprint:
-        raise InputError(f"{flag} was trained on other data than {dataset.source}: name its own")
+        raise InputError(f"{flag} was trained on other data than {dataset.source}: give that data")
     if np.any(saved["state"].get("online_step", 0)):
         raise InputError(f"{flag} was already trained online: name an offline run")
     return from_dict(like, saved["state"], flag), saved["trusted"]

@@ -203,7 +203,7 @@ def join_hosts(hosts: str, config) -> None:
     """
     flag = f"--distributed={hosts}"
     if config.offline_checkpoint:
-        raise InputError(f"{flag} is for new runs: resume from each process's folder by itself")
+        raise InputError(f"{flag} cannot fine-tune: do that in each process's folder separately")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
     with explained(f"{flag} cannot be used", "give auto, or <host>:<port>,<processes>,<i>"):
         address, count, i = (None,) * 3 if hosts == "auto" else hosts.split(",")
@@ -212,6 +212,6 @@ def join_hosts(hosts: str, config) -> None:
         jax.distributed.initialize(*place, shutdown_timeout_seconds=86_400)
     count = jax.process_count()
     if config.num_seeds % count:
-        raise InputError(f"{flag}: {count} processes cannot share {config.num_seeds} seeds evenly")
+        raise InputError(f"{flag}: --config.num_seeds must be a multiple of {count} processes")
     config.num_seeds //= count
     config.seed += jax.process_index() * config.num_seeds

@@ -22,7 +22,7 @@ def check_trusted(trusted, dataset, config) -> None:
         }
         fix = "it needs two reward values, and episodes that end with the higher: try selection=iql"
         fix = fixes.get(config.selection, fix)
-        what = f"selection={config.selection} finds no D̂ in {dataset.source}"
+        what = f"--config.selection={config.selection} trusts nothing in {dataset.source}"
         raise InputError(f"{what}: {fix}")
     tqdm.write(f"D̂ holds {trusted.mean():.1%} of the transitions")
 

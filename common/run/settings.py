@@ -37,23 +37,22 @@ RULES = (
      "must be letters, digits, . _ and -, because it names a folder"),
     ("hidden_dims", lambda x, c: "critic_layers" not in c or len(set(x)) == 1,
      "must be equal widths, because the critics have them too"),
-    ("critic_layers", lambda x, c: len(x) == 2, "must have a number of layers for each critic"),
+    ("critic_layers", lambda x, c: len(x) == 2, "must be one number for each critic, such as 3,3"),
     ("reference", lambda x, c: len(x) == 2 and all(type(y) in (int, float) for y in x)
      and -1e30 < x[0] < x[1] < 1e30,
      "must be <random return>,<expert return>, such as -20.3,3234.3"),
     ("n_start", lambda x, c: x <= c.n_end, "must be at most --config.n_end={c.n_end}"),
     ("coefficient_init", lambda x, c: x or c.coefficient == "fixed",
-     "leaves nothing to adapt: give more, or coefficient=fixed"),
+     "leaves nothing to adapt: give a larger value, or coefficient=fixed"),
     ("warmup_steps", lambda x, c: not c.online_steps or x < c.online_steps,
-     "leaves no update in --config.online_steps={c.online_steps}"),
+     "must be smaller than --config.online_steps={c.online_steps}, or nothing is learned"),
     ("online_steps", lambda x, c: x or not c.offline_checkpoint,
      "leaves nothing to do: give the number of environment steps"),
     ("offline_steps", lambda x, c: x or c.online_steps,
      "leaves nothing to do: give it or --config.online_steps"),
-    ("task", lambda x, c: c.dataset or c.dataset_path
-     or not c.offline_steps and c.buffer_init == "none",
-     "needs data: give --config.dataset=<Minari id>, d4rl:<file> or ogbench:<task>; only "
-     "offline_steps=0 with buffer_init=none goes without"),
+    ("offline_steps", lambda x, c: c.dataset or c.dataset_path or not x and c.buffer_init == "none",
+     "needs data: give --config.dataset=<Minari id>, d4rl:<file> or ogbench:<task>; to train "
+     "without data, set offline_steps=0 and buffer_init=none"),
 )  # fmt: skip
 MULTIPLES = (
     ("updates_per_call", "policy_freq"),

@@ -103,7 +103,7 @@ TABLE = {
     # --- data and environments ---
     "no file": (file("none"), "none.hdf5"),
     "infinite": (file("inf"), "'rewards' is not finite in float32 at row 3"),
-    "nothing trusted": (field(return_threshold=1e6), "=return finds no D̂ in {folder}/toy.hdf5: "),
+    "nothing trusted": (field(return_threshold=1e6), "=return trusts nothing in {folder}/toy.h"),
     # --- settings ---
     "a tuple that is none": (field(hidden_dims=256), "of type tuple, such as 16,16"),
     "a negative length": (field(offline_steps=-10), "offline_steps=-10 must be at least 0"),
@@ -123,7 +123,7 @@ TABLE = {
     # --- several processes ---
     "no cluster": ("--distributed=two", "--distributed=two cannot be used (ValueError: not"),
     "several processes from a checkpoint": (
-        ["--distributed=localhost:9,2,0", GO_ON + "finished"], "is for new runs: resume from each"
+        ["--distributed=localhost:9,2,0", GO_ON + "finished"], "cannot fine-tune: do that in each"
     ),
     # --- run folders ---
     "nobody's home": ("--workdir=~nobody_here/x", "~nobody_here/x names no folder: give"),

@@ -163,7 +163,7 @@ def test_an_empty_sub_dataset_is_refused():
         ("auto", sparse, "it needs .*: try selection=iql"),
         ("iql", DATA, "lower --config.expectile, or raise --config.iql_steps"),
     ):
-        with pytest.raises(InputError, match=f"={selection} finds no D̂ in toy: {words}"):
+        with pytest.raises(InputError, match=f"={selection} trusts nothing in toy: {words}"):
             check_trusted(none, data, frozen(selection=selection))
 
 

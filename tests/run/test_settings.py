@@ -109,9 +109,9 @@ IMPOSSIBLE = [
     ("reference", (5, 1), "must be <random return>,<expert return>, such as -20.3,3234.3"),
     ("n_start", 4.0, "must be at most --config.n_end=3.0"),
     ("offline_steps", 0, "leaves nothing to do: give it or --config.online_steps"),
-    ("coefficient_init", 0.0, "leaves nothing to adapt: give more, or coefficient=fixed"),
+    ("coefficient_init", 0.0, "leaves nothing to adapt: give a larger value, or"),
     ("dataset", None, "needs data: give --config.dataset="),
-    ("cql: critic_layers", (3,), "must have a number of layers for each critic"),
+    ("cql: critic_layers", (3,), "must be one number for each critic"),
     ("cql: hidden_dims", (400, 300), "must be equal widths"),
 ]
 
@@ -134,8 +134,8 @@ def test_settings_that_depend_on_others(tmp_path):
     alone = online | {"dataset": "", "coefficient": "fixed"}
     check_settings(tiny_config(buffer_init="none", eval_interval=5, **alone))
     for words, refused in {
-        "task=toy needs data: give --config.dataset=": alone | {"buffer_init": "half"},
-        "=40 leaves no update in --config.onl": {"online_steps": 40, "warmup_steps": 40},
+        "offline_steps=0 needs data: give --config.dataset=": alone | {"buffer_init": "half"},
+        "=40 must be smaller than --config.onli": {"online_steps": 40, "warmup_steps": 40},
         "iql_steps=50 must be a multiple of": {"selection": "iql", "iql_steps": 50},
         "iql_steps=30 must be": online | {"selection": "iql", "iql_steps": 30},
     }.items():

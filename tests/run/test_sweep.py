@@ -137,7 +137,7 @@ def test_settings_vary_and_a_run_that_fails_is_named(project, tmp_path):
         ([*TASKS, "--", "--config.seed=1"], "leave --config.seed=1 out: the sweep sets the seeds"),
         ([*TASKS, "--seeds=3", "--seeds-per-run=2"], "must be a multiple of --seeds-per-run"),
         ([*TASKS, "--", "--config.discount=2.0"], "ssar_td3bc, hopper-medium-v2: --config.disc"),
-        ([*TASKS, "--parallel=2"], "each need more GPUs than CUDA_VISIBLE_DEVICES"),
+        ([*TASKS, "--parallel=2"], "--parallel x --gpus = 2 is more than CUDA_VISIBLE"),
         ([*TASKS, "--slurm", "gpu"], "such as partition=gpu, not gpu"),
         ([*TASKS, "--vary", "n_end"], "such as n_end=2.0,3.0, not n_end"),
         ([*TASKS, "--config.seed=1"], "--config.seed=1 is unknown: the settings of the runs fol"),
