@@ -128,8 +128,9 @@ def get_config(task="demo"):
         raise ValueError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
     c = defaults()
     if task == "custom":
-        # At the authors' rate, or with rewards of 0 and 1, short runs may fail: see experiments/.
+        # With the authors' settings, short runs may fail: see experiments/.
         c.actor_lr, c.actor_lr_decay, c.scale_sparse_rewards = 3e-4, True, True
+        c.coefficient_init, c.loosen_bound = 5.0, False
         return c
     if task == "ogbench":
         c.task, c.selection = task, "iql"

@@ -13,7 +13,7 @@ from common.data.d4rl import Task, reference_of
 from common.envs.make import env_spec
 from common.run.errors import InputError, explained
 
-REPLACE = "give a complete copy, end its writer, or set HDF5_USE_FILE_LOCKING=FALSE"
+REPLACE = "give a complete copy, close what is writing it, or set HDF5_USE_FILE_LOCKING=FALSE"
 NEEDED = ("observations", "actions", "rewards", "terminals")
 # Wrappers that evaluation keeps: Gymnasium's own, except those that change the reward, normalise by
 # statistics that the data set does not hold, or make pictures.

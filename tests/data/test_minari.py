@@ -83,7 +83,7 @@ def test_missing_data_sets_are_downloaded(tmp_path, monkeypatch, folder):
 
 
 BROKEN = {
-    "spaces": "is not readable (KeyError: 'no spaces'): give a complete copy, close what",
+    "spaces": "is not readable (KeyError: 'no spaces'): give a complete copy, close what is",
     "rewards": "'episode_2/rewards' lies in another file",
     "observations": "episode 2 has 5 observations and 5 actions for 5 rewards: record it",
 }

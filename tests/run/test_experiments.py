@@ -151,7 +151,7 @@ def test_the_film_shows_the_last_evaluation(trained, tmp_path, capsys, monkeypat
     brightness = [30 * step for length in steps for step in np.arange(length + 1)]
     np.testing.assert_allclose([frame.mean() for frame in frames], brightness, atol=5)
 
-    with pytest.raises(InputError, match=r"seeds \[0, 1\]: choose among these"):
+    with pytest.raises(InputError, match=r"--seed=2 is not in .*: choose one of \[0, 1\]"):
         watch(run, out, seed=2)
     with pytest.raises(InputError, match="no usable checkpoint .*nowhere"):
         watch(tmp_path / "nowhere", out)
